@@ -1,0 +1,84 @@
+# Everything is installed into .venv, at the versions of constraints.txt, the first time a target
+# needs it; a stamp in .venv/.stamps then records it. Only an edit of pyproject.toml or
+# constraints.txt makes a target install again.
+
+PYTHON ?= python3
+KERAS_BACKEND ?= jax
+PYTEST_ARGS ?=
+
+BACKENDS := jax tensorflow torch
+STAMPS := .venv/.stamps
+PY := .venv/bin/python
+
+# What each stamp stands for. tensorflow-cpu is TensorFlow without 2 GB of CUDA.
+INSTALL_jax := jax
+INSTALL_tensorflow := tensorflow-cpu
+INSTALL_torch := torch
+INSTALL_demo := -e '.[demo]'
+INSTALL_test := -e '.[test]'
+INSTALL_lint := -e '.[lint]'
+
+# TensorFlow greets on stderr at every import; errors still show.
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+# Two pips must not write to one environment.
+.NOTPARALLEL:
+.PHONY: help demo test $(BACKENDS:%=test-%) lint format clean backend-is-known
+
+help:  ## list the targets
+	@echo "Usage: make TARGET [KERAS_BACKEND=jax|tensorflow|torch] [PYTHON=python3.12] [PYTEST_ARGS=...]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
+	  | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@echo "  test-jax, test-tensorflow, test-torch: run the tests under one backend"
+
+demo: backend-is-known $(STAMPS)/demo $(STAMPS)/$(KERAS_BACKEND)  ## train on real digits, save, load, go on; writes digits.png
+	KERAS_BACKEND=$(KERAS_BACKEND) $(PY) examples/digits.py
+
+test: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests under each backend, one after the other
+	@trap 'exit 130' INT; failed=; \
+	for backend in $(BACKENDS); do \
+	  echo "== KERAS_BACKEND=$$backend"; \
+	  KERAS_BACKEND=$$backend $(PY) -m pytest $(PYTEST_ARGS) || failed="$$failed $$backend"; \
+	done; \
+	for backend in $(BACKENDS); do \
+	  case " $$failed " in *" $$backend "*) echo "$$backend: FAILED";; *) echo "$$backend: ok";; esac; \
+	done; \
+	test -z "$$failed"
+
+# All three backends are installed here too: a test may save under one and load under another, or
+# compare with a framework's own optimizer.
+$(BACKENDS:%=test-%): test-%: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test
+	KERAS_BACKEND=$* $(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMPS)/lint  ## check format, style and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(STAMPS)/lint  ## format and sort imports
+	$(PY) -m ruff check --select I --fix .
+	$(PY) -m ruff format .
+
+clean:  ## remove .venv and everything else that these targets made
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -f digits.keras digits.png
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+backend-is-known:
+	@case "$(KERAS_BACKEND)" in jax|tensorflow|torch) ;; \
+	  *) echo "KERAS_BACKEND must be jax, tensorflow or torch. Received: KERAS_BACKEND=$(KERAS_BACKEND)" >&2; \
+	     exit 2;; esac
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "keras_adam needs Python 3.11 or newer; name one with make PYTHON=python3.12. Received:" \
+	    "PYTHON=$(PYTHON) ($$($(PYTHON) --version 2>&1))" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	@mkdir -p $(STAMPS) && touch $@
+
+$(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: \
+    $(STAMPS)/%: $(STAMPS)/venv pyproject.toml constraints.txt
+	$(PY) -m pip install -c constraints.txt $(INSTALL_$*)
+	@touch $@
