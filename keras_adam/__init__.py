@@ -1,0 +1,6 @@
+"""Adam for Keras 3: one optimizer, with the same numbers on JAX, TensorFlow and PyTorch."""
+
+from keras_adam.optimizer import Adam, AdamW
+
+__version__ = "0.1.0"
+__all__ = ["Adam", "AdamW", "__version__"]

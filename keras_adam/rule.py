@@ -1,0 +1,112 @@
+"""The Adam update, stated once, as pure functions of tensors.
+
+Nothing here assigns, reads `self`, or knows a backend. Every path of the package either calls these functions or is
+tested against them. Symbols: `g` gradient, `p` parameter, `m` and `v` first and second moment, `s` the second moment
+that the division uses (`v`, or AMSGrad's running maximum), `t` the step, starting at 1.
+
+Sources: Kingma & Ba 2015 (https://arxiv.org/abs/1412.6980), Algorithm 1 and the end of section 2; Loshchilov &
+Hutter 2019 (https://arxiv.org/abs/1711.05101), Algorithm 2; Reddi, Kale & Kumar 2018
+(https://arxiv.org/abs/1904.09237), Algorithm 2.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+Tensor = Any  # a tensor of the active backend, or a Python float
+
+
+class Options(NamedTuple):
+    """The choices that change the formula; constants of a compiled step."""
+
+    amsgrad: bool | str = False
+    decoupled_weight_decay: bool = True
+    epsilon_hat: bool = True
+    maximize: bool = False
+
+
+class Scalars(NamedTuple):
+    """What one step needs besides tensors of the parameter's shape; the same for all the parameters of a group."""
+
+    rate_1: Tensor  # 1 - beta_1
+    rate_2: Tensor  # 1 - beta_2
+    step_size: Tensor  # alpha, with both bias corrections; learning_rate / (1 - beta_1^t) for amsgrad="corrected"
+    epsilon: Tensor
+    decay: Tensor | None  # lr * wd if decoupled, wd if L2; None without decay
+    correction_2: Tensor  # 1 - beta_2^t
+
+
+class Moments(NamedTuple):
+    """What Adam remembers of one parameter."""
+
+    m: Tensor
+    v: Tensor
+    s: Tensor | None = None  # AMSGrad's running maximum
+
+
+def complement(beta: Tensor) -> Tensor:
+    """Return `1 - beta`, or `beta` back from it."""
+    return 1 - beta
+
+
+def bias_correction(rate: Tensor, t: Tensor) -> Tensor:
+    """Return `1 - beta^t`, given `rate = 1 - beta`.
+
+    Through `log1p` and `expm1`: in float32, `1 - 0.999**1` is wrong in the fifth digit, as the subtraction cancels.
+    """
+    log_beta = ops.log1p(-ops.convert_to_tensor(rate, dtype=t.dtype))
+    return -ops.expm1(t * log_beta)
+
+
+def step_scalars(
+    options: Options,
+    *,
+    learning_rate: Tensor,
+    rate_1: Tensor,
+    rate_2: Tensor,
+    epsilon: Tensor,
+    weight_decay: Tensor | None,
+    t: Tensor,
+    dtype: str,
+) -> Scalars:
+    """Compute the scalars of step `t` in `dtype`, which is float32 or wider: in bfloat16, 0.999 is 1.0."""
+    learning_rate, rate_1, rate_2, epsilon, weight_decay = (
+        _scalar(x, dtype) for x in (learning_rate, rate_1, rate_2, epsilon, weight_decay)
+    )
+    t = ops.cast(t, dtype)
+    step_size = learning_rate / bias_correction(rate_1, t)
+    correction_2 = bias_correction(rate_2, t)
+    if options.amsgrad != "corrected":  # there the maximum itself holds the correction
+        root = ops.sqrt(correction_2)
+        step_size = step_size * root
+        if not options.epsilon_hat:
+            epsilon = epsilon * root
+    decay = weight_decay
+    if decay is not None and options.decoupled_weight_decay:
+        decay = learning_rate * decay
+    return Scalars(rate_1, rate_2, step_size, epsilon, decay, correction_2)
+
+
+def adam_step(
+    g: Tensor, p: Tensor, moments: Moments, scalars: Scalars, options: Options
+) -> tuple[Tensor, Moments]:
+    """Return the parameter and its moments after one step; all tensors in the dtype of `scalars`."""
+    m, v, s = moments
+    if options.maximize:
+        g = -g
+    if scalars.decay is not None:
+        if options.decoupled_weight_decay:
+            p = p - scalars.decay * p
+        else:
+            g = g + scalars.decay * p
+    m = m + scalars.rate_1 * (g - m)
+    v = v + scalars.rate_2 * (g * g - v)
+    if options.amsgrad:
+        s = ops.maximum(s, v / scalars.correction_2 if options.amsgrad == "corrected" else v)
+    p = p - scalars.step_size * m / (ops.sqrt(s if options.amsgrad else v) + scalars.epsilon)
+    return p, Moments(m, v, s)
+
+
+def _scalar(x: Tensor, dtype: str) -> Tensor:
+    # A Python number stays one: it becomes a constant of a compiled step, and has all its 53 bits until then.
+    return x if x is None or isinstance(x, int | float) else ops.cast(x, dtype)
