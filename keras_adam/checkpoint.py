@@ -9,17 +9,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_adam.paths import align
+
 
 class Entry(NamedTuple):
-    """One state variable: what it is, whose it is, and the variable itself."""
+    """One state variable: what it is, whose it is, the variable itself."""
 
     role: str
     path: str
     variable: Any
+    start: int | None = None  # of a momentum: which "start" tells when its variable joined
 
     @property
     def label(self) -> str:
-        return f"{self.role} of '{self.path}'" if self.path else self.role
+        return _label(self.role, self.path)
 
 
 class Saved(NamedTuple):
@@ -28,6 +31,7 @@ class Saved(NamedTuple):
     role: str
     path: str
     value: np.ndarray
+    start: str = ""
 
 
 def save(store, entries: list[Entry]) -> None:
@@ -37,6 +41,8 @@ def save(store, entries: list[Entry]) -> None:
         attributes = _attributes(store, str(i))
         if attributes is not None:
             attributes["role"], attributes["path"] = entry.role, entry.path
+            if entry.start is not None:
+                attributes["start"] = str(entry.start)
 
 
 def read(store, owner: str) -> list[Saved]:
@@ -49,61 +55,71 @@ def read(store, owner: str) -> list[Saved]:
                 f"The saved state of optimizer '{owner}' must be numbered without a gap: it holds "
                 f"{len(store.keys())} arrays, but none named '{key}'. Received: {sorted(store.keys())}"
             )
-        attributes = _attributes(store, key) or {}
-        saved.append(
-            Saved(attributes.get("role", ""), attributes.get("path", ""), np.array(store[key]))
-        )
+        told = _attributes(store, key) or {}
+        role, path, start = (told.get(name, "") for name in ("role", "path", "start"))
+        saved.append(Saved(role, path, np.array(store[key]), start))
     return saved
 
 
-def load(saved: list[Saved], entries: list[Entry], owner: str) -> None:
-    """Assign the saved arrays to the state; a difference is a ValueError, and then nothing is assigned."""
-    pairs = list(_match(saved, entries, owner))
-    for entry, value in pairs:
-        if value.shape != tuple(entry.variable.shape):
+def match(saved: list[Saved], entries: list[Entry], owner: str) -> list[tuple[Entry, Saved]]:
+    """Pair the state with what was saved; raise a ValueError that names the first difference."""
+    pairs = _match_names(saved, entries, owner) or _match_positions(saved, entries, owner)
+    for entry, s in pairs:
+        if s.value.shape != tuple(entry.variable.shape):
             raise ValueError(
                 f"Optimizer '{owner}': {entry.label} has shape {tuple(entry.variable.shape)}, but the saved "
-                f"array has shape {value.shape}. Nothing was loaded."
+                f"array has shape {s.value.shape}. Nothing was loaded."
             )
-    for entry, value in pairs:
-        entry.variable.assign(value)
+    return pairs
 
 
-def _match(saved: list[Saved], entries: list[Entry], owner: str):
-    if saved and all(s.role for s in saved):
-        files, ours = {s[:2]: s.value for s in saved}, {e[:2] for e in entries}
-        # A model rebuilt in the same session has other layer names: then only order and roles can tell.
-        renamed = not {path for _, path in files if path} & {path for _, path in ours if path}
-        if len(files) == len(saved) and not renamed:
-            return _match_names(files, entries, ours, owner)
-    return _match_positions(saved, entries, owner)
+def assign(pairs: list[tuple[Entry, Saved]]) -> None:
+    """Give the state what was saved."""
+    for entry, s in pairs:
+        entry.variable.assign(s.value)
 
 
-def _match_names(files: dict, entries: list[Entry], ours: set, owner: str):
-    rate = ("learning_rate", "")
-    for entry in entries:
-        if entry[:2] not in files and entry[:2] != rate:
+def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
+    """Pair by role and path; return nothing where the file does not tell them or they cannot serve."""
+    if not all(s.role for s in saved):
+        return None
+    ours = {e[:2] for e in entries}
+    aligned = align((s.path for s in saved), (e.path for e in entries))
+    if not any(aligned):  # a model rebuilt in the same session has other layer names
+        if any(s.start for s in saved):
             raise ValueError(
-                f"Optimizer '{owner}': the saved state lacks {entry.label}. Nothing was loaded."
+                f"Optimizer '{owner}': the saved state is of variables that joined late, and of another model: none of "
+                "its paths is known here, so that which is which cannot be told. Nothing was loaded."
             )
-    for role, path in files:
-        if (role, path) not in ours and (role, path) != rate:
-            label = Entry(role, path, None).label
+        return None
+    files = {(s.role, aligned.get(s.path, s.path)): s for s in saved}
+    if len(files) < len(saved):
+        return None
+    rate = (
+        "learning_rate",
+        "",
+    )  # a number that became a schedule, or the reverse, loses no moments
+    for name in [*(e[:2] for e in entries), *files]:
+        if name != rate and name not in files:
             raise ValueError(
-                f"Optimizer '{owner}': the saved state holds {label}, which the optimizer does not have. "
+                f"Optimizer '{owner}': the saved state lacks {_label(*name)}. Nothing was loaded."
+            )
+        if name != rate and name not in ours:
+            raise ValueError(
+                f"Optimizer '{owner}': the saved state holds {_label(*name)}, which the optimizer does not have. "
                 "Nothing was loaded."
             )
     return [(entry, files[entry[:2]]) for entry in entries if entry[:2] in files]
 
 
 def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
-    # A learning rate that was a number and is a schedule now, or the reverse, is no reason to lose the moments. Its
-    # place is the second, after the iterations; what follows it is never a scalar of Keras's own.
-    had_rate = len(saved) == len(entries) + 1 and saved[1].value.shape == ()
-    if had_rate and all(entry.role != "learning_rate" for entry in entries):
+    # The learning rate, if it is a state variable, stands second, and what follows it in a file of Keras's Adam is the
+    # state of a variable; so a file with one array more or less shows whether its learning rate was a schedule.
+    has_rate = any(entry.role == "learning_rate" for entry in entries)
+    if len(saved) == len(entries) + 1 and not has_rate and saved[1].value.shape == ():
         saved = [saved[0], *saved[2:]]
-    elif len(saved) == len(entries) - 1 and entries[1].role == "learning_rate":
-        entries = [entries[0], *entries[2:]]
+    elif len(saved) == len(entries) - 1 and has_rate:
+        entries = [entry for entry in entries if entry.role != "learning_rate"]
     if len(saved) != len(entries):
         raise ValueError(
             f"Optimizer '{owner}' has {len(entries)} state variables, but the saved state has {len(saved)} "
@@ -113,9 +129,13 @@ def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
         if s.role and s.role != entry.role:
             raise ValueError(
                 f"Optimizer '{owner}': where it has {entry.label}, the saved state has "
-                f"{Entry(s.role, s.path, None).label}. Nothing was loaded."
+                f"{_label(s.role, s.path)}. Nothing was loaded."
             )
-    return [(entry, s.value) for s, entry in zip(saved, entries, strict=True)]
+    return list(zip(entries, saved, strict=True))
+
+
+def _label(role: str, path: str) -> str:
+    return f"{role} of '{path}'" if path else role
 
 
 def _attributes(store, key: str):

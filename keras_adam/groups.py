@@ -1,46 +1,470 @@
 """Parameter groups: which hyperparameters hold for which variables."""
 
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import keras
+import numpy as np
+from keras import ops
+
 from keras_adam import hyperparameters, rule
+from keras_adam.paths import align, path_of
 
-# In the order in which they are listed to users.
-NUMERIC = ("learning_rate", "beta_1", "beta_2", "epsilon", "weight_decay")
+# Settable while training, in the order of `ParamGroup.stored`. A `learning_rate` of None follows the optimizer's.
+NUMERIC = (
+    "learning_rate",
+    "learning_rate_multiplier",
+    "beta_1",
+    "beta_2",
+    "epsilon",
+    "weight_decay",
+)
+_MAY_BE_NONE = ("learning_rate", "weight_decay")
+# Stored as `1 - beta`: float32 has no 0.999, and what it has instead is 5e-5 off in the number that counts, 0.001.
+_STORED_AS_COMPLEMENT = ("beta_1", "beta_2")
+_NOT_SET = -1.0  # stored for a learning rate that follows the optimizer's
+_PYTORCH_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
 
 
-class ParamGroup:
-    """The hyperparameters that some variables share.
+class ParamGroup(Mapping):
+    """The hyperparameters that some variables share; a mapping in which the numeric ones can be set.
 
-    `learning_rate` is None in the default group: there the optimizer's own `learning_rate` holds.
+    A value set on it holds from the next step on, in a compiled train function too, without a retrace. PyTorch's names
+    `lr`, `betas` and `eps` serve besides Keras's.
     """
 
-    def __init__(self, numeric: dict[str, Any], options: rule.Options):
+    def __init__(self, optimizer, numeric: dict[str, Any], options: rule.Options, selector=None):
         self.options = options
-        self.numeric = dict.fromkeys(NUMERIC)
-        for name, value in numeric.items():
-            self[name] = value
+        self.selector = selector
+        self.variables: list[Any] = []
+        self.selected: dict[str, Any] | None = None  # what it selected before it was saved
+        self.stored: Any = None  # the optimizer's variable that holds the numbers, if it has one
+        self._optimizer = optimizer
+        self._numeric: dict[str, Any] = {
+            "learning_rate": None,
+            "learning_rate_multiplier": 1.0,
+            **{name: _check(name, value) for name, value in numeric.items()},
+        }
+
+    # A mapping for users
 
     def __getitem__(self, name: str) -> Any:
-        return self.numeric[name]
+        name = _PYTORCH_NAMES.get(name, name)
+        if name == "params":
+            return list(self.variables)
+        if name == "betas":
+            return self["beta_1"], self["beta_2"]
+        if name in rule.Options._fields:
+            return getattr(self.options, name)
+        value = self.own(name)
+        if name == "learning_rate" and value is None:
+            return self._optimizer.learning_rate_number() * self.own("learning_rate_multiplier")
+        return value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if not (value is None and name in ("learning_rate", "weight_decay")):
-            value = hyperparameters.check(name, value)
-        self.numeric[name] = value
+        name = _PYTORCH_NAMES.get(name, name)
+        if name == "betas":
+            for beta, number in zip(("beta_1", "beta_2"), check_pair(value), strict=True):
+                _check(beta, number)
+            self["beta_1"], self["beta_2"] = value
+            return
+        if name not in NUMERIC:
+            raise ValueError(
+                f"A parameter group's `{name}` cannot be set: only numbers can, which are {', '.join(NUMERIC)}. "
+                f"Received: {name}={value!r}"
+            )
+        if name == "learning_rate" and self is self._optimizer._default_group:
+            self._optimizer.learning_rate = value
+            return
+        value = _check(name, value)
+        self.check_settable(name, value)
+        self._numeric[name] = value
+        if self.stored is not None:
+            numbers = self._numbers()
+            numbers[NUMERIC.index(name)] = _encode(name, value)
+            self.stored.assign(numbers)
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set several numbers."""
+        for name, value in values.items():
+            self[name] = value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("params", *NUMERIC, *rule.Options._fields))
+
+    def __len__(self) -> int:
+        return 1 + len(NUMERIC) + len(rule.Options._fields)
+
+    def __eq__(self, other) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={self[name]!r}" for name in self if name != "params")
+        paths = ", ".join(path_of(v) for v in self.variables) or "no variable"
+        return f"<ParamGroup of {paths}: {values}>"
+
+    # For the optimizer
+
+    def own(self, name: str) -> Any:
+        """Return the group's own value of a numeric hyperparameter, as it was given."""
+        given = self._numeric[name]
+        numbers = self._read()
+        if numbers is None or hyperparameters.is_dynamic(given):
+            return given
+        number = numbers[NUMERIC.index(name)]
+        if number == np.asarray(_encode(name, given), number.dtype):
+            return given
+        if number == _NOT_SET:
+            return None
+        number = hyperparameters.exact(number)
+        # The decimal that `1 - 0.001` is meant to be: 0.999, not 0.9990000000000000213.
+        return round(1 - number, 12) if name in _STORED_AS_COMPLEMENT else number
+
+    def number(self, name: str) -> float:
+        """Return what a numeric hyperparameter is worth at the optimizer's present iteration."""
+        iterations = self._optimizer._iterations
+        value = hyperparameters.resolve(name, self[name], iterations, compiling=False)
+        return 0.0 if value is None else float(value)
+
+    def follows_schedule(self) -> bool:
+        """Whether the learning rate is a schedule or a callable, the group's own or the optimizer's."""
+        own = self.own("learning_rate")
+        return hyperparameters.is_dynamic(self._optimizer._learning_rate if own is None else own)
+
+    def initial_numbers(self, shape, dtype):
+        """Initialize the variable that will hold the numbers, where a compiled step reads them."""
+        return ops.convert_to_tensor(self._numbers(), dtype)
 
     def scalars(self, learning_rate, iterations, t, dtype: str, compiling: bool) -> rule.Scalars:
         """Return the scalars of step `t`; `learning_rate` is the optimizer's current one."""
-        now = {
-            name: hyperparameters.resolve(name, value, iterations, compiling)
-            for name, value in self.numeric.items()
-        }
+        now = self._now(iterations, dtype, compiling)
+        if self.stored is None:
+            rate, factor = now["learning_rate"], now["learning_rate_multiplier"]
+            if rate is None:
+                rate = learning_rate if factor == 1 else ops.cast(learning_rate, dtype) * factor
+        elif hyperparameters.is_dynamic(self._numeric["learning_rate"]):
+            rate = now["learning_rate"]
+        else:
+            following = ops.cast(learning_rate, dtype) * now["learning_rate_multiplier"]
+            rate = ops.where(now["learning_rate"] < 0, following, now["learning_rate"])
         return rule.step_scalars(
             self.options,
-            learning_rate=learning_rate if now["learning_rate"] is None else now["learning_rate"],
-            rate_1=rule.complement(now["beta_1"]),
-            rate_2=rule.complement(now["beta_2"]),
+            learning_rate=rate,
+            rate_1=now["beta_1"],
+            rate_2=now["beta_2"],
             epsilon=now["epsilon"],
             weight_decay=now["weight_decay"],
             t=t,
             dtype=dtype,
         )
+
+    def get_config(self, default: "ParamGroup", count: int) -> dict[str, Any]:
+        """Return what makes an equal group beside `default`, as `param_groups` takes it.
+
+        `count` is the number of variables that the optimizer was built for.
+        """
+        config: dict[str, Any] = {"params": self._selector_config()}
+        if self.variables:
+            config["selected"] = {"paths": [path_of(v) for v in self.variables], "of": count}
+        elif self.selected:
+            config["selected"] = self.selected
+        for name in NUMERIC:
+            value = self.own(name)
+            if name == "learning_rate_multiplier" and self.own("learning_rate") is not None:
+                continue
+            if value != default.own(name):
+                dynamic = hyperparameters.is_dynamic(value)
+                config[name] = keras.saving.serialize_keras_object(value) if dynamic else value
+        for name, value in self.options._asdict().items():
+            if value != getattr(default.options, name):
+                config[name] = value
+        return config
+
+    def _selector_config(self):
+        strings = [s for s in _flatten(self.selector) if isinstance(s, str)]
+        if len(strings) == len(_flatten(self.selector)):
+            return self.selector if isinstance(self.selector, str) else strings
+        if not self.variables:
+            raise ValueError(
+                "A parameter group selected by a variable, layer or predicate is saved as the paths that it selected, "
+                f"which are known once the optimizer is built. Received: params={self.selector!r}"
+            )
+        return [re.escape(path_of(v)) for v in self.variables]
+
+    def _now(self, iterations, dtype: str, compiling: bool) -> dict[str, Any]:
+        """Return each numeric hyperparameter's value in this step, the betas as their complements."""
+        now = {}
+        for i, (name, given) in enumerate(self._numeric.items()):
+            if self.stored is not None and not hyperparameters.is_dynamic(given):
+                now[name] = ops.cast(self.stored[i], dtype)
+                continue
+            value = hyperparameters.resolve(name, given, iterations, compiling)
+            now[name] = rule.complement(value) if name in _STORED_AS_COMPLEMENT else value
+        return now
+
+    def check_settable(self, name: str, value: Any) -> None:
+        """Raise if a compiled step would not notice that `name` was set to `value`."""
+        dynamic = hyperparameters.is_dynamic
+        if self._optimizer._traced and (dynamic(value) or dynamic(self._numeric[name])):
+            raise TypeError(
+                f"`{name}` of a parameter group is part of a compiled step where it is, or becomes, a schedule or a "
+                "callable: it can be set to or from one before the first compiled step only. "
+                f"Received: {name}={value!r}"
+            )
+        if self.stored is None and self._optimizer._traced:
+            raise ValueError(
+                f"`{name}` is a constant of the train step that was compiled already. For numbers that can be set "
+                "while training, give the optimizer parameter groups, if only `param_groups=[]`. "
+                f"Received: {name}={value!r}"
+            )
+
+    def _numbers(self) -> np.ndarray:
+        return np.array([_encode(name, self.own(name)) for name in NUMERIC])
+
+    def _read(self) -> np.ndarray | None:
+        # While `fit` runs on JAX, Keras holds the state elsewhere, and its variables are empty.
+        if self.stored is None or getattr(self.stored, "_value", None) is None:
+            return None
+        return ops.convert_to_numpy(self.stored)
+
+
+def parse(optimizer, index: int, spec: Mapping[str, Any], default: ParamGroup) -> ParamGroup:
+    """Make a group of a user's dictionary; what it does not say is as in `default`."""
+    if not isinstance(spec, Mapping) or "params" not in spec:
+        raise ValueError(
+            f"`param_groups[{index}]` must be a dictionary with the key 'params'. Received: {spec!r}"
+        )
+    spec = dict(spec)
+    selected = spec.pop("selected", None)  # from `get_config`
+    given = {_PYTORCH_NAMES.get(name, name): value for name, value in spec.items()}
+    if len(given) != len(spec):
+        raise ValueError(
+            f"`param_groups[{index}]` gives an option under two names. Received: {spec!r}"
+        )
+    if "betas" in given:
+        given["beta_1"], given["beta_2"] = check_pair(given.pop("betas"), index)
+    known = ("params", *NUMERIC, *rule.Options._fields)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(
+                f"`param_groups[{index}]` has an unknown option '{name}'.{hint} Known are: {', '.join(known)}. "
+                f"Received: {name}={given[name]!r}"
+            )
+    if given.get("learning_rate") is not None and "learning_rate_multiplier" in given:
+        raise ValueError(
+            f"`param_groups[{index}]` must have `learning_rate` or `learning_rate_multiplier`, not both. "
+            f"Received: {spec!r}"
+        )
+    inherited = {name: default.own(name) for name in NUMERIC[2:]}
+    try:
+        numeric = {**inherited, **{k: v for k, v in given.items() if k in NUMERIC}}
+        choices = {k: v for k, v in given.items() if k in rule.Options._fields}
+        options = check_options(default.options, choices)
+        group = ParamGroup(optimizer, numeric, options, _check_selector(index, given["params"]))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"In `param_groups[{index}]`: {error}") from None
+    group.selected = selected
+    return group
+
+
+def check_options(default: rule.Options, choices: dict[str, Any]) -> rule.Options:
+    """Return `default` with the checked choices in place."""
+    both = (True, False)
+    allowed = {"amsgrad": (*both, "corrected")}
+    return default._replace(
+        **{
+            name: hyperparameters.check_choice(name, value, allowed.get(name, both))
+            for name, value in choices.items()
+        }
+    )
+
+
+def check_pair(betas: Any, index: int | None = None) -> tuple[Any, Any]:
+    """Return PyTorch's `betas` as a pair."""
+    if not isinstance(betas, Iterable) or len(pair := tuple(betas)) != 2:
+        where = "" if index is None else f" of `param_groups[{index}]`"
+        raise ValueError(f"`betas`{where} must be a pair of numbers. Received: betas={betas!r}")
+    return pair
+
+
+def assign(groups: list[ParamGroup], default: ParamGroup, variables) -> list[ParamGroup]:
+    """Return each variable's group: the first that selects it, else the default one.
+
+    Raises:
+        ValueError: If a group of `groups` gets no variable, or one is named as an object in two groups.
+    """
+    named: dict[int, int] = {}
+    for i, group in enumerate(groups):
+        for item in _flatten(group.selector):
+            if _is_variable(item) and named.setdefault(id(item), i) != i:
+                raise ValueError(
+                    "A variable must be named in one parameter group only. Received: "
+                    f"'{path_of(item)}' in `param_groups[{named[id(item)]}]` and `param_groups[{i}]`"
+                )
+    chosen = _as_before(groups, default, variables)
+    if chosen is not None:
+        return chosen
+    chosen = []
+    for variable in variables:
+        selecting = (group for group in groups if selects(group.selector, variable))
+        chosen.append(next(selecting, default))
+    for i, group in enumerate(groups):
+        if not any(g is group for g in chosen) and not group.variables:
+            raise ValueError(_selects_nothing(i, group, groups, variables))
+    return chosen
+
+
+def _as_before(groups, default: ParamGroup, variables) -> list[ParamGroup] | None:
+    """Return the assignment that a saved optimizer had, if this is the same model.
+
+    A Sequential model's paths lose the model's name when it is loaded, so that its regular expressions may not match.
+    """
+    if not groups or any(g.selected is None or g.selected["of"] != len(variables) for g in groups):
+        return None
+    group_of = {path: group for group in groups for path in group.selected["paths"]}
+    ours = align(group_of, map(path_of, variables))
+    if len(ours) < len(group_of):
+        return None
+    group_of = {ours[path]: group for path, group in group_of.items()}
+    return [group_of.get(path_of(v), default) for v in variables]
+
+
+def selects(selector: Any, variable) -> bool:
+    """Whether a selector, or one of a list, selects the variable."""
+    for item in _flatten(selector):
+        if isinstance(item, str):
+            if re.fullmatch(item, path_of(variable)):
+                return True
+        elif _is_variable(item):
+            if item is variable:
+                return True
+        elif isinstance(item, keras.Layer):
+            if any(v is variable for v in item.trainable_variables):
+                return True
+        elif item(variable):
+            return True
+    return False
+
+
+def named_variables(selector: Any) -> list[Any] | None:
+    """Return the variables that a selector of variables and layers names; None if it holds another kind."""
+    variables = []
+    for item in _flatten(selector):
+        if _is_variable(item):
+            variables.append(item)
+        elif isinstance(item, keras.Layer):
+            variables.extend(item.trainable_variables)
+        else:
+            return None
+    return variables
+
+
+class DecayExclusions:
+    """Which variables weight decay leaves out: by identity, by path (after loading), by pattern."""
+
+    def __init__(self):
+        self._keys: set[Any] = set()
+        self._paths: list[str] = []
+        self._patterns: list[str] = []
+        self._verdicts: dict[Any, bool] = {}
+
+    def add(self, keys, paths, patterns) -> None:
+        """Exclude more variables."""
+        self._keys.update(keys)
+        self._paths.extend(paths)
+        self._patterns.extend(patterns)
+        self._verdicts.clear()
+
+    def hold(self, key, variable) -> bool:
+        """Whether the variable is excluded."""
+        if not self:
+            return False
+        if key not in self._verdicts:
+            names = {path_of(variable), variable.name.partition(":")[0]}
+            self._verdicts[key] = (
+                key in self._keys
+                or not names.isdisjoint(self._paths)
+                or any(re.search(pattern, name) for pattern in self._patterns for name in names)
+            )
+        return self._verdicts[key]
+
+    def __bool__(self) -> bool:
+        return bool(self._paths or self._patterns)
+
+    def get_config(self) -> dict[str, list[str]]:
+        """Return the arguments of `add` that exclude the same variables of another model."""
+        return {"paths": list(self._paths), "patterns": list(self._patterns)}
+
+
+def _check(name: str, value: Any) -> Any:
+    if value is None and name in _MAY_BE_NONE:
+        return None
+    return hyperparameters.check(name, value)
+
+
+def _encode(name: str, value: Any) -> float:
+    if hyperparameters.is_dynamic(value) or value is None:
+        return 0.0 if name == "weight_decay" else _NOT_SET
+    return rule.complement(value) if name in _STORED_AS_COMPLEMENT else value
+
+
+def _flatten(selector: Any) -> list[Any]:
+    if isinstance(selector, list | tuple | set):
+        return [item for part in selector for item in _flatten(part)]
+    return [selector]
+
+
+def _is_variable(item: Any) -> bool:
+    # A raw `tf.Variable` is no `keras.Variable`, but Keras's optimizers take it.
+    return isinstance(item, keras.Variable) or (hasattr(item, "assign") and hasattr(item, "name"))
+
+
+def _check_selector(index: int, selector: Any) -> Any:
+    items = _flatten(selector)
+    if not items:
+        raise ValueError(f"`params` must select something. Received: params={selector!r}")
+    for item in items:
+        if isinstance(item, str):
+            try:
+                re.compile(item)
+            except re.error as error:
+                raise ValueError(
+                    f"`params` must hold valid regular expressions ({error}). Received: params={item!r}"
+                ) from None
+        elif not (_is_variable(item) or isinstance(item, keras.Layer | Callable)):
+            raise TypeError(
+                "`params` must be a regular expression, a variable, a layer, a predicate, or a list of these. "
+                f"Received: params={item!r}"
+            )
+    return selector
+
+
+def _selects_nothing(index: int, group: ParamGroup, groups, variables) -> str:
+    paths = [path_of(v) for v in variables]
+    taken = {
+        path_of(v): i
+        for v in variables
+        if selects(group.selector, v)
+        for i, other in reversed(list(enumerate(groups[:index])))
+        if selects(other.selector, v)
+    }
+    if taken:
+        why = "all that it selects belongs to an earlier group: " + ", ".join(
+            f"'{path}' to param_groups[{i}]" for path, i in list(taken.items())[:3]
+        )
+    else:
+        wanted = [
+            s if isinstance(s, str) else getattr(s, "path", "") for s in _flatten(group.selector)
+        ]
+        near = [p for w in wanted for p in difflib.get_close_matches(w, paths, n=3, cutoff=0.3)]
+        why = "the nearest paths are " + ", ".join(repr(p) for p in (near or paths)[:5])
+    return (
+        f"`param_groups[{index}]` selects no variable; {why}. Received: params={group.selector!r}"
+    )

@@ -103,8 +103,10 @@ def exact(stored: Any, given: float | None = None) -> float:
 def _as_number(name: str, value: Any) -> float:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
+    if hasattr(value, "detach"):  # PyTorch's, which may meet any backend in a state dict
+        value = value.detach().cpu().numpy()
     if isinstance(value, keras.Variable | np.ndarray | np.generic) or keras.ops.is_tensor(value):
-        array = keras.ops.convert_to_numpy(value)
+        array = np.asarray(keras.ops.convert_to_numpy(value))
         if array.shape == () and array.dtype != bool:
             return float(array)
         value = f"an array of shape {array.shape} and dtype {array.dtype}"

@@ -35,6 +35,9 @@ class Backend:
             return grads
         return context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
 
+    def _outside_graph(self):
+        return tf.init_scope()
+
     def _is_compiling(self) -> bool:
         return not tf.executing_eagerly()
 
@@ -45,6 +48,16 @@ class Backend:
         if isinstance(gradient, tf.SparseTensor):
             return tf.sparse.to_dense(tf.sparse.reorder(gradient))
         return gradient
+
+    def _differentiate(self, loss_fn, variables):
+        values = [v.value if isinstance(v, keras.Variable) else v for v in variables]
+        with tf.GradientTape() as tape:
+            tape.watch(
+                values
+            )  # also variables that are not trainable, or of another framework's making
+            loss = loss_fn()
+            scaled = self.scale_loss(loss)
+        return loss, tape.gradient(scaled, values)
 
     def _when(self, condition, update: Callable[[], None]) -> None:
         def run():

@@ -1,0 +1,379 @@
+"""The state: which variables the optimizer knows, what it keeps of each, how that is saved and loaded."""
+
+import contextlib
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_adam import checkpoint, groups
+from keras_adam.groups import ParamGroup
+from keras_adam.paths import path_of
+from keras_adam.rule import Moments
+
+# Per-variable state: attribute, role in files, in the order in which Keras's Adam creates it.
+_ROLES = {
+    "_model_variables_moving_average": "average",
+    "_accumulated_gradients": "gradient_accumulator",
+    "_momentums": "momentum",
+    "_velocities": "velocity",
+    "_velocity_hats": "velocity_hat",
+}
+
+
+class State(keras.optimizers.Optimizer):
+    """Variables, their groups, and their state; all lists are in the order of `self._known`."""
+
+    built: bool
+    iterations: Any
+
+    # Set past Keras's tracking, which would take the model's variables among them for state of the optimizer.
+    _groups: list[ParamGroup]
+    _default_group: ParamGroup
+    _known: list[Any]  # every variable that has state; those of the last `build` come first
+    _group_of: list[ParamGroup]
+    _start_of: list[int | None]  # which of `_starts` tells when it joined; None: at the beginning
+    _starts: list[Any]
+    _pending_groups: list[ParamGroup]
+    _pending_state: list[checkpoint.Saved] | None
+    _traced: bool
+    _has_groups: bool
+
+    def _init_groups(self, numeric, options, param_groups) -> None:
+        """Set up what Keras's constructor does not know, before it runs."""
+        default = ParamGroup(self, numeric, options)
+        self.__dict__.update(
+            _default_group=default,
+            _has_groups=param_groups is not None,
+            _pending_groups=[],  # added after `build`, to be resolved by the next one
+            _known=[],
+            _group_of=[],
+            _start_of=[],
+            _starts=[],
+            _pending_state=None,
+            _traced=False,  # whether a compiled step has been made, with today's options as its constants
+        )
+        if param_groups is not None and not isinstance(param_groups, list | tuple):
+            raise TypeError(
+                f"`param_groups` must be a list of dictionaries. Received: param_groups={param_groups!r}"
+            )
+        parsed = [groups.parse(self, i, spec, default) for i, spec in enumerate(param_groups or [])]
+        self.__dict__["_groups"] = [*parsed, default]
+
+    @property
+    def param_groups(self) -> list[ParamGroup]:
+        """The parameter groups, for reading, and for setting numbers: in the order given, then the default group.
+
+        A group that `add_param_group` adds to a built optimizer comes last, as in PyTorch.
+        """
+        return list(self._groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of variables, before or after `build`; in the middle of training, too.
+
+        New variables start at their own step 1; the state of the others stays as it is. Compile the model again
+        before the next `fit`, so that its train function learns of them.
+
+        Args:
+            param_group: Dictionary as in the constructor's `param_groups`. Once the optimizer is built, the variables
+                that its selector names must be new to it; a regular expression or predicate is resolved when the
+                optimizer is next built, which the next `fit` does.
+
+        Raises:
+            ValueError: If an option is unknown or out of range, a variable has a group already, or nothing is
+            selected.
+        """
+        taken = {path for group in self._groups for path in map(id, group.variables)}
+        group = groups.parse(self, len(self._groups), param_group, self._default_group)
+        named = groups.named_variables(group.selector) if self._known else None
+        if named is not None:
+            _check_trainable(named)
+            for variable in named:
+                if id(variable) in taken:
+                    raise ValueError(
+                        f"`param_group` must hold new variables. Received: '{path_of(variable)}', which the "
+                        "optimizer knows already; set the numbers of its group in `optimizer.param_groups` instead"
+                    )
+            if not named:
+                raise ValueError(
+                    "`param_group` selects no variable; a layer must be trainable first. "
+                    f"Received: params={group.selector!r}"
+                )
+        self.__dict__["_has_groups"] = True
+        if not self._known:
+            self._groups.insert(self._groups.index(self._default_group), group)
+            return
+        self._groups.append(group)
+        if named is None:
+            self._pending_groups.append(group)
+        else:
+            self._create_state(named, [group] * len(named))
+            self.__dict__["_trainable_variables"] = [*self._trainable_variables, *named]
+        self.built = False  # so that the next `fit` builds again, and tells the order of the model's variables
+
+    def _slots(self, attribute: str) -> list[Any]:
+        """Return one kind of per-variable state; None stands where a variable has none."""
+        return getattr(self, attribute, None) or [None] * len(self._known)
+
+    def _extend_slots(self, attribute: str, slots) -> None:
+        # Set as a whole: TensorFlow's checkpoints track the list that was assigned, not what is appended to it later.
+        old = getattr(self, attribute, None) or [None] * (len(self._known) - len(slots))
+        setattr(self, attribute, [*old, *slots])
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Building
+
+    def build(self, variables) -> None:
+        """Create the state of `variables`, a list of `keras.Variable`.
+
+        Called again, it puts the variables in the order given, creates the state of those that a group added since
+        then selects, and leaves all other state as it is.
+
+        Raises:
+            ValueError: If a parameter group selects no variable, a variable stands twice or is not of a floating
+                dtype, or, in a later call, no group was added for a new variable.
+        """
+        variables = list(variables)
+        if self.built and list(map(id, variables)) == list(map(id, self._trainable_variables)):
+            return
+        new = [v for v in variables if self._var_key(v) not in self._trainable_variables_indices]
+        _check_trainable(variables)
+        if self._known:
+            self._build_more(new)
+        else:
+            chosen = groups.assign(self._selecting_groups(), self._default_group, variables)
+            self._create_state(variables, chosen)
+        self._reorder(variables)
+        self.built = True
+        if self._pending_state is not None:
+            pending, self._pending_state = self._pending_state, None
+            with self._outside_graph():
+                self._load(pending)
+
+    def _selecting_groups(self) -> list[ParamGroup]:
+        return [g for g in self._groups if g is not self._default_group]
+
+    def _build_more(self, new) -> None:
+        pending = list(self._pending_groups)
+        unselected = [v for v in new if not any(groups.selects(g.selector, v) for g in pending)]
+        if unselected:
+            raise ValueError(self._unknown(unselected[0]))
+        if pending:
+            self._create_state(new, groups.assign(pending, self._default_group, new))
+            self._pending_groups.clear()
+
+    def _create_state(self, variables, chosen: list[ParamGroup]) -> None:
+        first = len(self._known)
+        for variable, group in zip(variables, chosen, strict=True):
+            self._trainable_variables_indices[self._var_key(variable)] = len(self._known)
+            self._known.append(variable)
+            self._group_of.append(group)
+            group.variables.append(variable)
+        with self._outside_graph():
+            joined = int(ops.convert_to_numpy(self.iterations)) if first else 0
+        self._start_of.extend([self._add_start(joined) if joined else None] * len(variables))
+        if self.use_ema:
+            averages = self.add_optimizer_variables(variables, "average")
+            self._extend_slots("_model_variables_moving_average", averages)
+        if self.gradient_accumulation_steps:
+            # Also for variables that are overwritten with their gradient, which have no other state.
+            accumulators = [
+                self.add_variable_from_reference(v, "gradient_accumulator") for v in variables
+            ]
+            self._extend_slots("_accumulated_gradients", accumulators)
+        momentums, velocities = self.add_optimizer_variables(variables, ["momentum", "velocity"])
+        self._extend_slots("_momentums", momentums)
+        self._extend_slots("_velocities", velocities)
+        if any(group.options.amsgrad for group in chosen):
+            maxima = [
+                self.add_variable_from_reference(variable, "velocity_hat")
+                if group.options.amsgrad and momentum is not None
+                else None
+                for variable, momentum, group in zip(variables, momentums, chosen, strict=True)
+            ]
+            self._extend_slots("_velocity_hats", maxima)
+        elif hasattr(self, "_velocity_hats"):
+            self._extend_slots("_velocity_hats", [None] * len(variables))
+        self._store_numbers()
+
+    def _add_start(self, joined: int) -> int:
+        """Add the state variable that tells at which update some variables joined; return its index."""
+        start = self.add_variable(
+            (),
+            keras.initializers.Constant(joined),
+            dtype="int",
+            aggregation="only_first_replica",
+            name=f"start_{len(self._starts)}",
+        )
+        self._starts = [*self._starts, start]
+        return len(self._starts) - 1
+
+    def _store_numbers(self) -> None:
+        """Keep the groups' numbers in variables, unless there is the default group alone, as in Keras."""
+        if not self._has_groups:
+            return
+        wide = any(compute_dtype(v.dtype) == "float64" for v in self._known)
+        for i, group in enumerate(self._groups):
+            if group.stored is None:
+                group.stored = self.add_variable(
+                    (len(groups.NUMERIC),),
+                    group.initial_numbers,
+                    dtype="float64" if wide else "float32",
+                    aggregation="only_first_replica",
+                    name=f"hyperparameters_{i}",
+                )
+
+    def _reorder(self, variables) -> None:
+        """Put `variables` first in all lists: Keras's JAX trainer hands over values in its model's order."""
+        keys = [self._var_key(v) for v in variables]
+        given = set(keys)
+        keys += [k for k in map(self._var_key, self._known) if k not in given]
+        order = [self._trainable_variables_indices[k] for k in keys]
+        if order != sorted(order):
+            for attribute in _ROLES:
+                if hasattr(self, attribute):
+                    slots = getattr(self, attribute)
+                    setattr(self, attribute, [slots[i] for i in order])
+            for facts in (self._known, self._group_of, self._start_of):
+                facts[:] = [facts[i] for i in order]
+        self._trainable_variables_indices.update({k: i for i, k in enumerate(keys)})
+        self.__dict__["_trainable_variables"] = list(variables)
+
+    def _outside_graph(self):
+        """Return a context in which what is done happens once and now, even while a train step is being traced."""
+        return contextlib.nullcontext()
+
+    def add_variable(self, shape, initializer="zeros", dtype=None, **kwargs):
+        """Add a state variable; one of half precision becomes float32, as a moment in bfloat16 stalls."""
+        if dtype is None or keras.backend.is_float_dtype(dtype):
+            dtype = compute_dtype(dtype or keras.config.floatx())
+        return super().add_variable(shape, initializer, dtype, **kwargs)
+
+    def _moments_of(self, index: int) -> Moments:
+        s = self._slots("_velocity_hats")[index]
+        return Moments(self._momentums[index], self._velocities[index], s)
+
+    def _check_variables_are_known(self, variables) -> None:
+        for variable in variables:
+            if self._var_key(variable) not in self._trainable_variables_indices:
+                raise ValueError(self._unknown(variable))
+
+    def _unknown(self, variable) -> str:
+        return (
+            f"Unknown variable: '{path_of(variable)}'. This optimizer was built for {len(self._known)} other "
+            "variables. To train more variables with it, such as those of a layer that was unfrozen, call "
+            "`optimizer.add_param_group({'params': layer_or_variables})` first; the state of the others stays."
+        )
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Saving and loading
+
+    def _entries(self) -> list[checkpoint.Entry]:
+        """Describe each state variable, in the order of `self.variables`."""
+        described: dict[int, tuple[str, str, int | None]] = {
+            id(self._iterations): ("iteration", "", None)
+        }
+        described[id(self._learning_rate)] = ("learning_rate", "", None)
+        for i, start in enumerate(self._starts):
+            described[id(start)] = (f"start_{i}", "", None)
+        described[id(self._default_group.stored)] = ("hyperparameters", "", None)
+        for i, group in enumerate(self._selecting_groups()):
+            described[id(group.stored)] = (f"hyperparameters_{i}", "", None)
+        for attribute, role in _ROLES.items():
+            for i, slot in enumerate(self._slots(attribute)):
+                start = self._start_of[i] if role == "momentum" else None
+                described[id(slot)] = (role, path_of(self._known[i]), start)
+        other = ("other", "", None)
+        return [
+            checkpoint.Entry(role, path, variable, start)
+            for variable in self.variables
+            for role, path, start in [described.get(id(variable), other)]
+        ]
+
+    def save_own_variables(self, store) -> None:
+        """Write the state into a store of `keras.saving`."""
+        checkpoint.save(store, self._entries())
+
+    def load_own_variables(self, store) -> None:
+        """Read the state from a store of `keras.saving`; before `build`, it is kept until then.
+
+        Raises:
+            ValueError: If what is stored does not fit; then nothing is assigned.
+        """
+        saved = checkpoint.read(store, self.name)
+        if not self._known and len(saved) > len(self.variables):
+            self._pending_state = saved
+        else:
+            self._load(saved)
+
+    def _load(self, saved: list[checkpoint.Saved]) -> None:
+        """Assign what was saved; when each variable joined is told by the marks on the momenta."""
+        starts = {s.role: int(s.value) for s in saved if s.role.startswith("start")}
+        saved = [s for s in saved if not s.role.startswith("start")]
+        entries = [e for e in self._entries() if not e.role.startswith("start")]
+        if not any(s.role.startswith("hyperparameters") for s in saved):
+            entries = [e for e in entries if not e.role.startswith("hyperparameters")]
+        pairs = checkpoint.match(saved, entries, self.name)
+        marks = {id(e.variable): s.start for e, s in pairs if s.start}
+        checkpoint.assign(pairs)
+        self._set_starts([starts.get(f"start_{marks.get(id(m))}", 0) for m in self._momentums])
+
+    def _set_starts(self, joined: list[int]) -> None:
+        """Let each variable have joined at the update given, 0 being the beginning."""
+        values = sorted(set(joined) - {0})
+        while len(self._starts) < len(values):
+            self._add_start(0)
+        for start, value in zip(self._starts, values, strict=False):
+            start.assign(value)
+        self._start_of[:] = [values.index(j) if j else None for j in joined]
+
+    def set_weights(self, weights) -> None:
+        """Set all state variables, in the order of `self.variables`, from arrays or variables.
+
+        Raises:
+            ValueError: If the optimizer is not built, or `weights` differ in number or shape; then nothing is set.
+        """
+        if not self.built:
+            raise ValueError(
+                "You are calling `set_weights()` on an optimizer that has not yet been built. Call "
+                "`optimizer.build(trainable_variables)` first."
+            )
+        saved = [checkpoint.Saved("", "", ops.convert_to_numpy(w)) for w in weights]
+        entries = self._entries()
+        if len(saved) != len(entries):
+            raise ValueError(
+                f"`weights` must hold one array for each of the {len(entries)} state variables. "
+                f"Received: {len(saved)} arrays"
+            )
+        checkpoint.assign(checkpoint.match(saved, entries, self.name))
+
+
+def compute_dtype(dtype) -> str:
+    """Return the dtype in which an update of a variable of `dtype` is computed: float32, or float64."""
+    return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
+
+
+def value_of(variable, dtype=None):
+    """Return a variable's value, cast if a dtype is given.
+
+    Not through `ops.convert_to_tensor`: on TensorFlow that returns the variable itself, whose operators guess what is
+    meant from shapes (`+` may become `bias_add`, which fails on an empty matrix).
+    """
+    value = variable.value if isinstance(variable, keras.Variable) else variable
+    return value if dtype is None else ops.cast(value, dtype)
+
+
+def _check_trainable(variables) -> None:
+    seen = set()
+    for variable in variables:
+        if id(variable) in seen:
+            raise ValueError(
+                "`variables` must not hold a variable twice. "
+                f"Received: '{path_of(variable)}' more than once"
+            )
+        seen.add(id(variable))
+        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(variable.dtype)):
+            raise ValueError(
+                "`variables` must be of a floating dtype. "
+                f"Received: '{path_of(variable)}' of dtype {variable.dtype}"
+            )

@@ -1,0 +1,279 @@
+"""One step of the portable path, in `keras.ops`, one variable at a time.
+
+Its order: unscale by the loss scale; sum over replicas; accumulate; clip; decay and Adam; constraints; averages;
+iterations. Constraints and averages act only when an update happens.
+"""
+
+import functools
+
+import keras
+from keras import ops
+
+from keras_adam import rule
+from keras_adam.groups import ParamGroup
+from keras_adam.paths import path_of
+from keras_adam.state import State, compute_dtype, value_of
+
+
+class PortableAdam(State):
+    """Adam without anything of a backend's own: what every backend can do, and what its fast paths are tested against.
+
+    The methods whose names begin with `_backend`, and the last few, are what a backend may do its own way.
+    """
+
+    def apply_gradients(self, grads_and_vars):
+        """Apply (gradient, variable) pairs and return the iterations; no pair, no step."""
+        grads_and_vars = list(grads_and_vars)
+        self.apply([g for g, _ in grads_and_vars], [v for _, v in grads_and_vars])
+        return self._iterations
+
+    def apply(self, grads, trainable_variables=None) -> None:
+        """Update the variables by one step.
+
+        Args:
+            grads: List of gradients, each of its variable's shape; None leaves its variable as it is. They are not
+                written to. TensorFlow's `IndexedSlices` and JAX's `BCOO` serve too.
+            trainable_variables: List of variables, one per gradient. Defaults to those that the optimizer was built
+                with; given on the first call, they build it.
+
+        Raises:
+            ValueError: If the numbers of gradients and variables differ, a variable is not known, or no variable has
+                a gradient.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        variables = self._variables_for(grads, trainable_variables)
+        self._traced = self._traced or self._is_compiling()
+        with keras.name_scope(self.name, caller=self):
+            absent = [v for g, v in zip(grads, variables, strict=True) if g is None]
+            grads, variables = self._filter_empty_gradients(grads, variables)
+            grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
+            if grads:
+                grads = [self._unscale(self._densify(g)) for g in grads]
+                _check_shapes(grads, variables)
+                self._backend_apply_gradients(grads, variables, absent)
+        self._iterations.assign_add(1)
+
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        """Return new values of the trainable variables and of the optimizer's, given their values and the gradients.
+
+        Args:
+            optimizer_variables: List of tensors, one for each of `optimizer.variables`.
+            grads: List of gradients, one for each trainable variable, in the order of the last `build`.
+            trainable_variables: List of tensors, one for each trainable variable, in the same order.
+        """
+        if len(trainable_variables) != len(self._trainable_variables):
+            raise ValueError(
+                f"The optimizer was built for {len(self._trainable_variables)} variables. Received: "
+                f"{len(trainable_variables)} trainable variables. If layers were unfrozen since, call "
+                "`optimizer.add_param_group({'params': layer_or_variables})`; if layers were frozen, "
+                "`optimizer.build(model.trainable_variables)`; the state stays"
+            )
+        self.built = self.built or bool(self._known)
+        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+
+    def _variables_for(self, grads, trainable_variables):
+        if trainable_variables is None:
+            if not self._known:
+                raise ValueError(
+                    "When passing `grads` without `variables`, the optimizer must already be built on a list of "
+                    "variables. Call `optimizer.build(trainable_variables)` first."
+                )
+            variables = self._trainable_variables
+        else:
+            variables = list(trainable_variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                "`grads` must hold one gradient (or None) for each variable. "
+                f"Received: {len(grads)} gradients for {len(variables)} variables"
+            )
+        if not self._known or self._pending_groups:
+            with keras.name_scope(self.name, caller=self):
+                self.build(variables)
+        self._check_variables_are_known(variables)
+        return list(variables)
+
+    def _unscale(self, gradient):
+        if self.loss_scale_factor is None:
+            return gradient
+        return ops.cast(gradient, compute_dtype(gradient.dtype)) / self.loss_scale_factor
+
+    def _backend_apply_gradients(self, grads, trainable_variables, absent=()):
+        grads = self._reduce(grads)
+        if self.gradient_accumulation_steps:
+            self._accumulate(grads, trainable_variables, absent)
+        else:
+            self._update(self._clip_gradients(grads), trainable_variables)
+            self._update_averages()
+
+    def _accumulate(self, grads, variables, absent) -> None:
+        """Add the gradients to the accumulators; when enough micro-steps have come together, update from their mean.
+
+        A variable without a gradient in the last micro-step is updated too if the earlier ones left it something.
+        """
+        known = [*variables, *absent]
+        accumulators = [self._accumulated_gradients[self._get_variable_index(v)] for v in known]
+        self._backend_increment_gradient_accumulators(grads, accumulators[: len(grads)])
+        steps = self.gradient_accumulation_steps
+
+        def update():
+            means = self._clip_gradients([value_of(a) / steps for a in accumulators])
+            self._update(means[: len(variables)], variables)
+            for mean, variable in zip(means[len(variables) :], absent, strict=True):
+                self._when(
+                    ops.any(ops.not_equal(mean, 0)),
+                    functools.partial(self._update, [mean], [variable]),
+                )
+            for accumulator in accumulators:
+                self.assign(accumulator, ops.zeros(accumulator.shape, accumulator.dtype))
+            self._update_averages()
+
+        self._when((self._iterations + 1) % steps == 0, update)
+
+    def _backend_increment_gradient_accumulators(self, grads, acc_grads):
+        for gradient, accumulator in zip(grads, acc_grads, strict=True):
+            total = value_of(accumulator) + ops.cast(gradient, accumulator.dtype)
+            self.assign(accumulator, total)
+
+    def _clip_gradients(self, grads):
+        # Norms in float32: the square of 256 is infinite in float16.
+        if self.clipnorm:
+            return [self._scale_to_norm(g, _norm([g]), self.clipnorm) for g in grads]
+        if self.global_clipnorm:
+            norm = _norm(grads)
+            return [self._scale_to_norm(g, norm, self.global_clipnorm) for g in grads]
+        if self.clipvalue:
+            return [g if g is None else ops.clip(g, -self.clipvalue, self.clipvalue) for g in grads]
+        return grads
+
+    @staticmethod
+    def _scale_to_norm(gradient, norm, limit):
+        if gradient is None:
+            return None
+        dtype = compute_dtype(gradient.dtype)
+        return ops.cast(gradient, dtype) * ops.cast(limit / ops.maximum(norm, limit), dtype)
+
+    def _update(self, grads, variables) -> None:
+        self._backend_update_step(grads, variables, self.learning_rate)
+        for variable in variables:
+            if variable.constraint is not None:
+                self.assign(variable, variable.constraint(value_of(variable)))
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        self._portable_update_step(grads, trainable_variables, learning_rate)
+
+    def _portable_update_step(self, grads, variables, learning_rate) -> None:
+        scalars = self._scalars(learning_rate)
+        for gradient, variable in zip(grads, variables, strict=True):
+            self.update_step(gradient, variable, learning_rate, scalars)
+
+    def update_step(self, gradient, variable, learning_rate, scalars=None) -> None:
+        """Update one variable and its moments; `scalars` are those of the whole step, where known."""
+        index = self._get_variable_index(variable)
+        group = self._group_of[index]
+        dtype = compute_dtype(variable.dtype)
+        scalars = (scalars or self._scalars(learning_rate))(group, self._start_of[index], dtype)
+        if not self._use_weight_decay(variable):
+            scalars = scalars._replace(decay=None)
+        slots = self._moments_of(index)
+        moments = rule.Moments(*(x if x is None else value_of(x, dtype) for x in slots))
+        p, moments = rule.adam_step(
+            ops.cast(gradient, dtype), value_of(variable, dtype), moments, scalars, group.options
+        )
+        self.assign(variable, p)
+        for slot, value in zip(slots, moments, strict=True):
+            if slot is not None:
+                self.assign(slot, value)
+
+    def _scalars(self, learning_rate):
+        """Return a function that gives a group's scalars of this step, each computed once.
+
+        They depend on the group, on when the variable joined (None: at the beginning), and on the dtype.
+        """
+        iterations = self.iterations
+        compiling = self._is_compiling()
+
+        @functools.cache
+        def scalars(group: ParamGroup, start: int | None, dtype: str) -> rule.Scalars:
+            t = iterations + 1 if start is None else iterations + 1 - self._starts[start]
+            return group.scalars(learning_rate, self._iterations, t, dtype, compiling)
+
+        return scalars
+
+    # Averages
+
+    def _update_averages(self) -> None:
+        if not self.use_ema:
+            return
+        self._update_model_variables_moving_average(self._trainable_variables)
+        if self.ema_overwrite_frequency:
+            self._when(
+                (self.iterations + 1) % self.ema_overwrite_frequency == 0,
+                self._overwrite_with_averages,
+            )
+
+    def _update_model_variables_moving_average(self, trainable_variables) -> None:
+        started = functools.cache(self._has_started)
+        for variable, average in self._averages_of(trainable_variables):
+            start = self._start_of[self._get_variable_index(variable)]
+            # The first update sets the average.
+            keep = ops.cast(started(start), average.dtype) * self.ema_momentum
+            value = value_of(variable, average.dtype)
+            self.assign(average, keep * value_of(average) + (1 - keep) * value)
+
+    def _has_started(self, start: int | None):
+        return ops.not_equal(self.iterations, 0 if start is None else self._starts[start])
+
+    def _overwrite_with_averages(self) -> None:
+        for variable, average in self._averages_of(self._trainable_variables):
+            self.assign(variable, ops.copy(value_of(average, variable.dtype)))
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables) -> None:
+        self._check_variables_are_known(trainable_variables)
+        for variable, average in self._averages_of(trainable_variables):
+            # A copy: on JAX the two would share one buffer, which the next train step may not donate twice.
+            variable.assign(ops.copy(value_of(average, variable.dtype)))
+
+    def _averages_of(self, variables):
+        """Pair variables with their averages; one that is overwritten with its gradient has none."""
+        for variable in variables:
+            average = self._model_variables_moving_average[self._get_variable_index(variable)]
+            if average is not None:
+                yield variable, average
+
+    # What a backend may do its own way
+
+    def _is_compiling(self) -> bool:
+        """Whether this call is being traced, so that what Python computes now is frozen into a compiled step."""
+        return False
+
+    def _densify(self, gradient):
+        """Return a sparse gradient as a dense one, the values of a repeated index summed."""
+        return ops.convert_to_tensor(gradient, sparse=False)
+
+    def _reduce(self, grads):
+        """Return the gradients summed over the replicas."""
+        return grads
+
+    def _when(self, condition, update) -> None:
+        """Call `update`, which assigns to variables, if `condition` holds in this step."""
+        if condition:
+            update()
+
+
+def _norm(grads):
+    squares = [
+        ops.sum(ops.square(ops.cast(g, compute_dtype(g.dtype)))) for g in grads if g is not None
+    ]
+    return ops.sqrt(sum(ops.cast(x, "float32") for x in squares))
+
+
+def _check_shapes(grads, variables) -> None:
+    for gradient, variable in zip(grads, variables, strict=True):
+        shape = tuple(gradient.shape)
+        if shape != tuple(variable.shape) and None not in shape:
+            raise ValueError(
+                f"Each gradient must have its variable's shape, which for '{path_of(variable)}' is "
+                f"{tuple(variable.shape)}. Received: a gradient of shape {shape}"
+            )

@@ -1,0 +1,383 @@
+"""PyTorch's vocabulary, for people who port: its argument names, its state format, its ways to step."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_adam import hyperparameters, layouts
+from keras_adam.groups import ParamGroup, check_pair
+from keras_adam.paths import path_of
+from keras_adam.state import State
+
+# Between PyTorch's names in a state dict and ours.
+_MOMENTS = {
+    "exp_avg": "_momentums",
+    "exp_avg_sq": "_velocities",
+    "max_exp_avg_sq": "_velocity_hats",
+}
+_OPTIONS = ("amsgrad", "maximize", "decoupled_weight_decay", "epsilon_hat")
+# What PyTorch's groups hold besides, at its own defaults.
+_UNUSED = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
+
+
+class TorchVocabulary(State):
+    """Methods with the names of `torch.optim.Optimizer`'s."""
+
+    @classmethod
+    def with_torch_arguments(
+        cls,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        amsgrad=False,
+        *,
+        maximize=False,
+        decoupled_weight_decay=False,
+        param_groups=None,
+        **keras_options,
+    ):
+        """Return an optimizer that computes what `torch.optim.Adam` does with these arguments.
+
+        Args:
+            lr: Learning rate. Defaults to `1e-3`.
+            betas: Pair of decay rates, of the first and the second moment. Defaults to `(0.9, 0.999)`.
+            eps: Epsilon of Algorithm 1, added after the bias correction. Defaults to `1e-8`.
+            weight_decay: Strength of the weight decay. Defaults to `0.0`.
+            amsgrad: As in the constructor. Defaults to `False`.
+            maximize: Whether to ascend. Defaults to `False`.
+            decoupled_weight_decay: `False`: an L2 penalty, as `torch.optim.Adam`; `True`: as `torch.optim.AdamW`.
+                Defaults to `False`.
+            param_groups: As in the constructor. Defaults to `None`.
+            **keras_options: Any other argument of the constructor, such as `clipnorm` or `use_ema`.
+
+        Example:
+            >>> import keras_adam
+            >>> keras_adam.Adam.with_torch_arguments(lr=3e-4, weight_decay=0.01).epsilon
+            1e-08
+        """
+        beta_1, beta_2 = check_pair(betas)
+        return cls(
+            learning_rate=lr,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            decoupled_weight_decay=decoupled_weight_decay,
+            epsilon_hat=keras_options.pop("epsilon_hat", False),
+            param_groups=param_groups,
+            **keras_options,
+        )
+
+    # State
+
+    def state_dict(
+        self,
+        variables: Sequence[Any] | None = None,
+        *,
+        convert: Callable | None = None,
+        as_numpy: bool = False,
+    ) -> dict[str, Any]:
+        """Return the state as `torch.optim.Adam.state_dict` does; its `load_state_dict` takes it.
+
+        Args:
+            variables: The variables, or their paths, in the order of PyTorch's parameters; all of them. Defaults to
+                the order in which the optimizer was built.
+            convert: Function `(variable, array) -> array` that brings an array of the variable's shape into PyTorch's
+                layout, or returns None for the default: kernels transposed or permuted, all else as it is. Defaults
+                to `None`.
+            as_numpy: Whether to return NumPy arrays rather than PyTorch's tensors; without PyTorch there are no
+                others. Defaults to `False`.
+
+        Raises:
+            ValueError: If the optimizer is not built, or `variables` are not its variables.
+            ImportError: If PyTorch is not installed and `as_numpy` is False.
+        """
+        packed = self._packed(variables)
+        convert_ = convert or (lambda variable, array: None)
+        wrap = np.array if as_numpy else _torch().from_numpy
+        number, state = 0, {}
+        dictionaries = []
+        for group, members in packed:
+            dictionaries.append(
+                {
+                    "lr": group.number("learning_rate"),
+                    "betas": (group.number("beta_1"), group.number("beta_2")),
+                    "eps": group.number("epsilon"),
+                    "weight_decay": group.number("weight_decay"),
+                    **{name: group[name] for name in _OPTIONS},
+                    **_UNUSED,
+                    "params": list(range(number, number + len(members))),
+                }
+            )
+            for index in members:
+                moments = self._torch_state(index, convert_)
+                if moments is not None:
+                    state[number] = {name: wrap(array) for name, array in moments.items()}
+                number += 1
+        return {"state": state, "param_groups": dictionaries}
+
+    def load_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        variables: Sequence[Any] | None = None,
+        *,
+        convert: Callable | None = None,
+    ) -> None:
+        """Take over the state and the hyperparameters of a `torch.optim.Adam` or `AdamW`; or of `state_dict`.
+
+        The optimizer must be built, with as many groups as the state dict has, each of as many variables. Arrays may be
+        PyTorch's tensors or NumPy's. A learning-rate schedule stays; a number is replaced by `lr`.
+
+        Args:
+            state_dict: What `torch.optim.Adam.state_dict()` returned, or what `torch.load(..., weights_only=True)`
+                read of it.
+            variables: The variables, or their paths, in the order of PyTorch's parameters; all of them. Defaults to
+                the order in which the optimizer was built.
+            convert: Function `(variable, array) -> array` that brings PyTorch's array into the variable's layout, or
+                returns None for the default: kernels transposed or permuted, all else as it is. Defaults to `None`.
+
+        Raises:
+            ValueError: If anything does not fit; the error names the first difference, and nothing is assigned.
+        """
+        packed = self._packed(variables)
+        parameters = _check_state_dict(state_dict, packed)
+        convert_ = convert or (lambda variable, array: None)
+        plan, steps = [], [0] * len(self._known)
+        for number, index in parameters.items():
+            moments = state_dict["state"].get(number)
+            amsgrad = bool(self._group_of[index].options.amsgrad)
+            steps[index], arrays = layouts.read_moments(
+                self._known[index], moments, amsgrad, convert_
+            )
+            plan.append((index, arrays))
+        changes = [
+            self._check_torch_group(i, group, saved)
+            for i, ((group, _), saved) in enumerate(
+                zip(packed, state_dict["param_groups"], strict=True)
+            )
+        ]
+        last = max(steps, default=0)
+        joined = [last - step for step in steps]
+        if self._traced and len(set(joined) - {0}) > len(self._starts):
+            raise ValueError(
+                "`state_dict` holds parameters of different steps, for which the compiled train step has no variables: "
+                "load it before the first step, then compile the model. "
+                f"Received: steps {sorted(set(steps))}"
+            )
+        # From here on nothing can fail.
+        for (group, _), (options, numbers) in zip(packed, changes, strict=True):
+            group.options = options
+            group.update(numbers)
+        for index, arrays in plan:
+            for name, attribute in _MOMENTS.items():
+                slot = self._slots(attribute)[index]
+                if slot is not None:
+                    slot.assign(arrays[name])
+        self._iterations.assign(last * (self.gradient_accumulation_steps or 1))
+        for accumulator in self._slots("_accumulated_gradients"):
+            if accumulator is not None:
+                accumulator.assign(ops.zeros(accumulator.shape, accumulator.dtype))
+        self._set_starts(joined)
+
+    def _packed(self, variables) -> list[tuple[ParamGroup, list[int]]]:
+        """Return the groups that have variables, each with their indices, in PyTorch's order."""
+        if not self._known:
+            raise ValueError(
+                "The optimizer has no state yet: call `optimizer.build(variables)` first."
+            )
+        order = range(len(self._known)) if variables is None else self._indices(variables)
+        packed = [(g, [i for i in order if self._group_of[i] is g]) for g in self._groups]
+        return [(group, members) for group, members in packed if members]
+
+    def _indices(self, variables) -> list[int]:
+        by_path = {path_of(v): i for i, v in enumerate(self._known)}
+        indices = []
+        for variable in variables:
+            if isinstance(variable, str):
+                index = by_path.get(variable)
+            else:
+                index = self._trainable_variables_indices.get(self._var_key(variable))
+            if index is None:
+                name = variable if isinstance(variable, str) else path_of(variable)
+                raise ValueError(f"`variables` must be the optimizer's. Received: '{name}'")
+            indices.append(index)
+        if sorted(indices) != list(range(len(self._known))):
+            missing = [path_of(v) for i, v in enumerate(self._known) if i not in indices]
+            raise ValueError(
+                "`variables` must hold each of the optimizer's variables once. Received: "
+                f"{len(indices)}, without {missing}"
+            )
+        return indices
+
+    def _torch_state(self, index: int, convert) -> dict[str, np.ndarray] | None:
+        if self._momentums[index] is None:
+            return None
+        start = self._start_of[index]
+        step = int(ops.convert_to_numpy(self.iterations))
+        step -= 0 if start is None else int(ops.convert_to_numpy(self._starts[start]))
+        if step <= 0:
+            return None  # as a parameter that has never had a gradient
+        moments = {"step": np.array(step, "float32")}
+        for name, attribute in _MOMENTS.items():
+            slot = self._slots(attribute)[index]
+            if slot is not None:
+                array = ops.convert_to_numpy(slot)
+                moments[name] = layouts.to_torch(self._known[index], array, convert)
+        return moments
+
+    def _check_torch_group(self, index: int, group: ParamGroup, saved: dict[str, Any]):
+        """Return the options of a saved group, and the numbers in which it differs from ours, all checked."""
+        options = group.options
+        for name in _OPTIONS:
+            default = {"decoupled_weight_decay": options.decoupled_weight_decay}.get(name, False)
+            value = saved.get(name, default)
+            if value == getattr(options, name):
+                continue
+            if name == "amsgrad" or self._traced:
+                raise ValueError(
+                    f"`param_groups[{index}]` of the state dict has {name}={value!r}, but the optimizer was "
+                    f"{'compiled' if self._traced else 'built'} with {name}={getattr(options, name)!r}. "
+                    "Create the optimizer with that value (`with_torch_arguments` has PyTorch's) and load again"
+                )
+            options = options._replace(**{name: value})
+        given = dict(zip(("beta_1", "beta_2"), check_pair(saved["betas"]), strict=True))
+        given |= {"epsilon": saved["eps"], "weight_decay": saved["weight_decay"]}
+        if not group.follows_schedule():
+            given["learning_rate"] = saved["lr"]
+        numbers = {}
+        for name, value in given.items():
+            value = hyperparameters.check_number(name, value)
+            if value != group.number(name):
+                if not (name == "learning_rate" and group is self._default_group):
+                    group.check_settable(name, value)
+                numbers[name] = value
+        return options, numbers
+
+    # Steps
+
+    def minimize(self, loss_fn: Callable[[], Any], variables: Iterable[Any] | None = None):
+        """Compute the loss, differentiate it, and apply the gradients.
+
+        Args:
+            loss_fn: Function without arguments that returns the scalar loss, computed from the variables.
+            variables: The variables to update. Defaults to those that the optimizer was built with.
+
+        Returns:
+            The loss before the step, unscaled.
+
+        Raises:
+            ValueError: If `variables` is None and the optimizer is not built.
+
+        Example:
+            >>> import keras, keras_adam
+            >>> weight = keras.Variable(3.0)
+            >>> optimizer = keras_adam.Adam(0.5)
+            >>> losses = [optimizer.minimize(lambda: (weight - 1) ** 2, [weight]) for _ in range(3)]
+            >>> [round(float(loss), 2) for loss in losses]
+            [4.0, 2.25, 1.02]
+        """
+        if variables is None:
+            if not self._known:
+                raise ValueError(
+                    "`minimize` needs `variables`, as the optimizer is not built. Received: variables=None"
+                )
+            variables = self._trainable_variables
+        variables = list(variables)
+        loss, grads = self._differentiate(loss_fn, variables)
+        self.apply(grads, variables)
+        return loss
+
+    def step(self, closure: Callable[[], Any] | None = None):
+        """Minimize the loss that `closure` returns over the variables that the optimizer was built with.
+
+        Args:
+            closure: Function without arguments that returns the loss. On the PyTorch backend it may call
+                `loss.backward()` itself, and may be left out if that was done: then the variables' `.grad` is applied.
+                Defaults to `None`.
+
+        Returns:
+            The loss before the step, or None without a closure.
+
+        Raises:
+            ValueError: If the optimizer is not built, or `closure` is None on another backend than PyTorch.
+        """
+        if not self._known:
+            raise ValueError(
+                "`step` needs a built optimizer: call `optimizer.build(variables)` first."
+            )
+        if closure is None:
+            self.apply(self._stored_gradients(), self._trainable_variables)
+            return None
+        return self.minimize(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients that PyTorch keeps on the variables; elsewhere there are none, and nothing happens.
+
+        Args:
+            set_to_none: Whether `.grad` becomes None rather than zeros. Defaults to `True`.
+        """
+        self._clear_gradients(set_to_none)
+
+    # What the backends do
+
+    def _differentiate(self, loss_fn, variables) -> tuple[Any, list[Any]]:
+        """Return the loss, and the gradients of the scaled loss."""
+        raise NotImplementedError
+
+    def _stored_gradients(self) -> list[Any]:
+        raise ValueError(
+            "`step` needs a closure: only PyTorch keeps gradients on the variables. "
+            f"Received: closure=None on the backend '{keras.backend.backend()}'"
+        )
+
+    def _clear_gradients(self, set_to_none: bool) -> None:
+        pass
+
+
+def _check_state_dict(state_dict, packed) -> dict[int, int]:
+    """Return which of our variables each of PyTorch's parameters is."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            "`state_dict` must be a dictionary with 'state' and 'param_groups'. "
+            f"Received: {sorted(state_dict) if isinstance(state_dict, dict) else state_dict!r}"
+        )
+    saved = state_dict["param_groups"]
+    if len(saved) != len(packed):
+        raise ValueError(
+            f"`state_dict` must have as many parameter groups as the optimizer has with variables, {len(packed)}. "
+            f"Received: {len(saved)}"
+        )
+    parameters: dict[int, int] = {}
+    for i, ((_, members), group) in enumerate(zip(packed, saved, strict=True)):
+        for name in ("lr", "betas", "eps", "weight_decay", "params"):
+            if name not in group:
+                raise ValueError(f"`param_groups[{i}]` of the state dict lacks '{name}'.")
+        if len(group["params"]) != len(members):
+            raise ValueError(
+                f"`param_groups[{i}]` of the state dict must have {len(members)} parameters, as the optimizer's. "
+                f"Received: {len(group['params'])}"
+            )
+        parameters.update(zip(group["params"], members, strict=True))
+    unknown = set(state_dict["state"]) - set(parameters)
+    if unknown:
+        raise ValueError(
+            f"`state_dict` has state of parameters that are in no group. Received: {sorted(unknown)}"
+        )
+    return parameters
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            "`state_dict()` returns PyTorch's tensors, and PyTorch is not installed; "
+            "`state_dict(as_numpy=True)` returns NumPy arrays."
+        ) from error
+    return torch
