@@ -41,6 +41,7 @@ class ParamGroup(Mapping):
         self.variables: list[Any] = []
         self.selected: dict[str, Any] | None = None  # what it selected before it was saved
         self.stored: Any = None  # the optimizer's variable that holds the numbers, if it has one
+        self.changes = 0  # how often a number was set
         self._optimizer = optimizer
         self._numeric: dict[str, Any] = {
             "learning_rate": None,
@@ -81,6 +82,7 @@ class ParamGroup(Mapping):
         value = _check(name, value)
         self.check_settable(name, value)
         self._numeric[name] = value
+        self.changes += 1
         if self.stored is not None:
             numbers = self._numbers()
             numbers[NUMERIC.index(name)] = _encode(name, value)
@@ -125,6 +127,10 @@ class ParamGroup(Mapping):
         # The decimal that `1 - 0.001` is meant to be: 0.999, not 0.9990000000000000213.
         return round(1 - number, 12) if name in _STORED_AS_COMPLEMENT else number
 
+    def given(self) -> list[Any]:
+        """Return the numeric hyperparameters as they were given, schedules and callables too."""
+        return list(self._numeric.values())
+
     def number(self, name: str) -> float:
         """Return what a numeric hyperparameter is worth at the optimizer's present iteration."""
         iterations = self._optimizer._iterations
@@ -140,8 +146,13 @@ class ParamGroup(Mapping):
         """Initialize the variable that will hold the numbers, where a compiled step reads them."""
         return ops.convert_to_tensor(self._numbers(), dtype)
 
-    def scalars(self, learning_rate, iterations, t, dtype: str, compiling: bool) -> rule.Scalars:
-        """Return the scalars of step `t`; `learning_rate` is the optimizer's current one."""
+    def scalars(
+        self, learning_rate, iterations, t, dtype: str, compiling: bool, for_kernel: bool = False
+    ) -> rule.Scalars:
+        """Return the scalars of step `t`; `learning_rate` is the optimizer's current one.
+
+        `for_kernel`: the update is done by a kernel that takes the betas in `dtype`.
+        """
         now = self._now(iterations, dtype, compiling)
         if self.stored is None:
             rate, factor = now["learning_rate"], now["learning_rate_multiplier"]
@@ -152,11 +163,14 @@ class ParamGroup(Mapping):
         else:
             following = ops.cast(learning_rate, dtype) * now["learning_rate_multiplier"]
             rate = ops.where(now["learning_rate"] < 0, following, now["learning_rate"])
+        rates = [now["beta_1"], now["beta_2"]]
+        if for_kernel:
+            rates = [rule.representable(rate_, dtype) for rate_ in rates]
         return rule.step_scalars(
             self.options,
             learning_rate=rate,
-            rate_1=now["beta_1"],
-            rate_2=now["beta_2"],
+            rate_1=rates[0],
+            rate_2=rates[1],
             epsilon=now["epsilon"],
             weight_decay=now["weight_decay"],
             t=t,

@@ -49,6 +49,15 @@ def complement(beta: Tensor) -> Tensor:
     return 1 - beta
 
 
+def representable(rate: Tensor, dtype: str) -> Tensor:
+    """Return the rate that is left of `rate` for a kernel that takes beta in `dtype`: float32 has no 0.999.
+
+    With bias corrections for this rate, such a kernel is exact for a beta that is off by 1e-8; with those for the rate
+    meant, its second moment and its correction would disagree by 1e-5.
+    """
+    return complement(ops.cast(complement(rate), dtype))
+
+
 def bias_correction(rate: Tensor, t: Tensor) -> Tensor:
     """Return `1 - beta^t`, given `rate = 1 - beta`.
 
@@ -56,6 +65,11 @@ def bias_correction(rate: Tensor, t: Tensor) -> Tensor:
     """
     log_beta = ops.log1p(-ops.convert_to_tensor(rate, dtype=t.dtype))
     return -ops.expm1(t * log_beta)
+
+
+def epsilon_of_algorithm_1(epsilon: float, beta_2: float, t: int) -> float:
+    """Return the epsilon that, added after the bias correction, does what `epsilon` does before it at step `t`."""
+    return epsilon / (1 - beta_2**t) ** 0.5
 
 
 def step_scalars(
@@ -87,11 +101,8 @@ def step_scalars(
     return Scalars(rate_1, rate_2, step_size, epsilon, decay, correction_2)
 
 
-def adam_step(
-    g: Tensor, p: Tensor, moments: Moments, scalars: Scalars, options: Options
-) -> tuple[Tensor, Moments]:
-    """Return the parameter and its moments after one step; all tensors in the dtype of `scalars`."""
-    m, v, s = moments
+def prepare(g: Tensor, p: Tensor, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor]:
+    """Return the gradient to descend and the parameter to descend from: signs turned, decay applied."""
     if options.maximize:
         g = -g
     if scalars.decay is not None:
@@ -99,6 +110,15 @@ def adam_step(
             p = p - scalars.decay * p
         else:
             g = g + scalars.decay * p
+    return g, p
+
+
+def adam_step(
+    g: Tensor, p: Tensor, moments: Moments, scalars: Scalars, options: Options
+) -> tuple[Tensor, Moments]:
+    """Return the parameter and its moments after one step; all tensors in the dtype of `scalars`."""
+    m, v, s = moments
+    g, p = prepare(g, p, scalars, options)
     m = m + scalars.rate_1 * (g - m)
     v = v + scalars.rate_2 * (g * g - v)
     if options.amsgrad:

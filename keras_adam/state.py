@@ -37,6 +37,7 @@ class State(keras.optimizers.Optimizer):
     _pending_groups: list[ParamGroup]
     _pending_state: list[checkpoint.Saved] | None
     _traced: bool
+    _bucket_cache: dict[tuple[int, ...], list[Any]]
     _has_groups: bool
 
     def _init_groups(self, numeric, options, param_groups) -> None:
@@ -51,6 +52,7 @@ class State(keras.optimizers.Optimizer):
             _start_of=[],
             _starts=[],
             _pending_state=None,
+            _bucket_cache={},
             _traced=False,  # whether a compiled step has been made, with today's options as its constants
         )
         if param_groups is not None and not isinstance(param_groups, list | tuple):
@@ -238,6 +240,7 @@ class State(keras.optimizers.Optimizer):
                 facts[:] = [facts[i] for i in order]
         self._trainable_variables_indices.update({k: i for i, k in enumerate(keys)})
         self.__dict__["_trainable_variables"] = list(variables)
+        self._bucket_cache.clear()
 
     def _outside_graph(self):
         """Return a context in which what is done happens once and now, even while a train step is being traced."""
@@ -326,6 +329,7 @@ class State(keras.optimizers.Optimizer):
         for start, value in zip(self._starts, values, strict=False):
             start.assign(value)
         self._start_of[:] = [values.index(j) if j else None for j in joined]
+        self._bucket_cache.clear()
 
     def set_weights(self, weights) -> None:
         """Set all state variables, in the order of `self.variables`, from arrays or variables.

@@ -4,7 +4,9 @@ Its order: unscale by the loss scale; sum over replicas; accumulate; clip; decay
 iterations. Constraints and averages act only when an update happens.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,6 +15,22 @@ from keras_adam import rule
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
 from keras_adam.state import State, compute_dtype, value_of
+
+_MOST_LISTS = 16  # of variables for which buckets are remembered
+
+
+@dataclasses.dataclass
+class Bucket:
+    """Variables that are updated alike: same group, joined together, same dtype and device."""
+
+    group: ParamGroup
+    start: int | None
+    dtype: str
+    decays: bool
+    positions: list[int]  # in the list of variables that `apply` got
+    variables: list[Any]
+    moments: list[rule.Moments]
+    memory: Any = None  # what a backend wants to remember
 
 
 class PortableAdam(State):
@@ -44,14 +62,18 @@ class PortableAdam(State):
         if not grads:
             return
         variables = self._variables_for(grads, trainable_variables)
-        self._traced = self._traced or self._is_compiling()
+        if not self._traced and self._is_compiling():
+            self._traced = True
         with keras.name_scope(self.name, caller=self):
             absent = [v for g, v in zip(grads, variables, strict=True) if g is None]
-            grads, variables = self._filter_empty_gradients(grads, variables)
+            if absent:
+                grads, variables = self._filter_empty_gradients(grads, variables)
             grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
             if grads:
-                grads = [self._unscale(self._densify(g)) for g in grads]
+                grads = [self._densify(g) for g in grads]
                 _check_shapes(grads, variables)
+                if self.loss_scale_factor is not None:
+                    grads = [self._unscale(g) for g in grads]
                 self._backend_apply_gradients(grads, variables, absent)
         self._iterations.assign_add(1)
 
@@ -91,12 +113,11 @@ class PortableAdam(State):
         if not self._known or self._pending_groups:
             with keras.name_scope(self.name, caller=self):
                 self.build(variables)
-        self._check_variables_are_known(variables)
-        return list(variables)
+        if variables is not self._trainable_variables:
+            self._check_variables_are_known(variables)
+        return variables
 
     def _unscale(self, gradient):
-        if self.loss_scale_factor is None:
-            return gradient
         return ops.cast(gradient, compute_dtype(gradient.dtype)) / self.loss_scale_factor
 
     def _backend_apply_gradients(self, grads, trainable_variables, absent=()):
@@ -118,18 +139,28 @@ class PortableAdam(State):
         steps = self.gradient_accumulation_steps
 
         def update():
-            means = self._clip_gradients([value_of(a) / steps for a in accumulators])
+            means = self._clip_gradients(self._means(accumulators, steps))
             self._update(means[: len(variables)], variables)
             for mean, variable in zip(means[len(variables) :], absent, strict=True):
                 self._when(
                     ops.any(ops.not_equal(mean, 0)),
                     functools.partial(self._update, [mean], [variable]),
                 )
-            for accumulator in accumulators:
-                self.assign(accumulator, ops.zeros(accumulator.shape, accumulator.dtype))
+            self._reset(accumulators)
             self._update_averages()
 
-        self._when((self._iterations + 1) % steps == 0, update)
+        self._when(self._is_due(self._iterations, steps), update)
+
+    def _means(self, accumulators, steps: int):
+        return [value_of(a) / steps for a in accumulators]
+
+    def _reset(self, accumulators) -> None:
+        for accumulator in accumulators:  # not by a multiplication with zero, which a NaN survives
+            self.assign(accumulator, ops.zeros(accumulator.shape, accumulator.dtype))
+
+    def _is_due(self, iterations, every: int):
+        """Whether this is the last of `every` steps; `iterations` is the number of steps before it."""
+        return (iterations + 1) % every == 0
 
     def _backend_increment_gradient_accumulators(self, grads, acc_grads):
         for gradient, accumulator in zip(grads, acc_grads, strict=True):
@@ -173,9 +204,9 @@ class PortableAdam(State):
         index = self._get_variable_index(variable)
         group = self._group_of[index]
         dtype = compute_dtype(variable.dtype)
-        scalars = (scalars or self._scalars(learning_rate))(group, self._start_of[index], dtype)
-        if not self._use_weight_decay(variable):
-            scalars = scalars._replace(decay=None)
+        scalars = (scalars or self._scalars(learning_rate))(
+            group, self._start_of[index], dtype, self._use_weight_decay(variable)
+        )
         slots = self._moments_of(index)
         moments = rule.Moments(*(x if x is None else value_of(x, dtype) for x in slots))
         p, moments = rule.adam_step(
@@ -186,18 +217,59 @@ class PortableAdam(State):
             if slot is not None:
                 self.assign(slot, value)
 
-    def _scalars(self, learning_rate):
+    def _buckets(self, variables) -> list[Bucket]:
+        """Group variables that one kernel can update together; computed once for the same list of variables."""
+        key = tuple(map(id, variables))
+        if key not in self._bucket_cache:
+            members: dict[tuple[Any, ...], list[int]] = {}
+            for position, variable in enumerate(variables):
+                index = self._get_variable_index(variable)
+                kind = (
+                    self._group_of[index],
+                    self._start_of[index],
+                    keras.backend.standardize_dtype(variable.dtype),
+                    self._use_weight_decay(variable),
+                    self._device_of(variable),
+                )
+                members.setdefault(kind, []).append(position)
+            if len(self._bucket_cache) == _MOST_LISTS:
+                self._bucket_cache.clear()
+            self._bucket_cache[key] = [
+                self._bucket(kind, positions, variables) for kind, positions in members.items()
+            ]
+        return self._bucket_cache[key]
+
+    def _bucket(self, kind, positions, variables) -> Bucket:
+        chosen = [variables[i] for i in positions]
+        moments = [self._moments_of(self._get_variable_index(v)) for v in chosen]
+        group, start, dtype, decays, _ = kind
+        return Bucket(group, start, dtype, decays, positions, chosen, moments)
+
+    def _overrides_update_step(self) -> bool:
+        """Whether a subclass has an `update_step` of its own, which no fast path may pass over."""
+        return type(self).update_step is not PortableAdam.update_step
+
+    def _device_of(self, variable):
+        """Return what tells variables apart that one kernel cannot update together."""
+        return None
+
+    def _scalars(self, learning_rate, for_kernel: bool = False):
         """Return a function that gives a group's scalars of this step, each computed once.
 
-        They depend on the group, on when the variable joined (None: at the beginning), and on the dtype.
+        They depend on the group, on when the variable joined (None: at the beginning), on the dtype, and on whether
+        weight decay applies.
         """
         iterations = self.iterations
         compiling = self._is_compiling()
 
         @functools.cache
-        def scalars(group: ParamGroup, start: int | None, dtype: str) -> rule.Scalars:
+        def of_group(group: ParamGroup, start: int | None, dtype: str) -> rule.Scalars:
             t = iterations + 1 if start is None else iterations + 1 - self._starts[start]
-            return group.scalars(learning_rate, self._iterations, t, dtype, compiling)
+            return group.scalars(learning_rate, self._iterations, t, dtype, compiling, for_kernel)
+
+        def scalars(group, start, dtype, decays) -> rule.Scalars:
+            found = of_group(group, start, dtype)
+            return found if decays else found._replace(decay=None)
 
         return scalars
 
@@ -208,10 +280,8 @@ class PortableAdam(State):
             return
         self._update_model_variables_moving_average(self._trainable_variables)
         if self.ema_overwrite_frequency:
-            self._when(
-                (self.iterations + 1) % self.ema_overwrite_frequency == 0,
-                self._overwrite_with_averages,
-            )
+            due = self._is_due(self.iterations, self.ema_overwrite_frequency)
+            self._when(due, self._overwrite_with_averages)
 
     def _update_model_variables_moving_average(self, trainable_variables) -> None:
         started = functools.cache(self._has_started)
@@ -271,6 +341,8 @@ def _norm(grads):
 
 def _check_shapes(grads, variables) -> None:
     for gradient, variable in zip(grads, variables, strict=True):
+        if gradient.shape == variable.shape:
+            continue
         shape = tuple(gradient.shape)
         if shape != tuple(variable.shape) and None not in shape:
             raise ValueError(

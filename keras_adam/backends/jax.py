@@ -1,14 +1,88 @@
 """What JAX does its own way: branches that carry state."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import keras
 from jax.experimental import sparse
+from keras.optimizers.schedules import LearningRateSchedule
+
+_MOST_COMPILED = 16  # lists of variables for which an eager step is kept compiled
+_CONSTANTS = (
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+)
 
 
 class Backend:
     """Overrides for JAX."""
+
+    _traced: bool
+
+    def __init__(self, *args, **kwargs):
+        self.__dict__["_compiled"] = {}
+        super().__init__(*args, **kwargs)
+
+    def apply(self, grads, trainable_variables=None):
+        """As one compiled call when called eagerly; operation by operation it would take a hundred times as long.
+
+        Nothing is donated: the caller may hold the arrays.
+        """
+        grads = list(grads)
+        if not grads or not self._may_compile(grads):
+            super().apply(grads, trainable_variables)
+            return
+        variables = self._variables_for(grads, trainable_variables)
+        constants = self._constants()
+        key = tuple(map(id, variables)), tuple(g is None for g in grads), constants
+        if key not in self._compiled:
+            if len(self._compiled) >= _MOST_COMPILED:
+                self._compiled.clear()
+            self._compiled[key] = jax.jit(functools.partial(self._stateless_step, variables))
+        changing = self._changing(variables)
+        traced = self._traced
+        values = self._compiled[key]([v.value for v in changing], grads)
+        self._traced = (
+            traced  # what was compiled here is compiled anew when a constant of it changes
+        )
+        for variable, value in zip(changing, values, strict=True):
+            variable.assign(value)
+
+    def _stateless_step(self, variables, values, grads):
+        changing = self._changing(variables)
+        with keras.StatelessScope(zip(changing, values, strict=True)) as scope:
+            super().apply(grads, variables)
+        return [scope.get_current_value(v) for v in changing]
+
+    def _changing(self, variables):
+        known = {id(v) for v in self._trainable_variables}
+        others = [v for v in variables if id(v) not in known]
+        return [*self._trainable_variables, *others, *self.variables]
+
+    def _may_compile(self, grads) -> bool:
+        tracing = self._is_compiling() or any(isinstance(g, jax.core.Tracer) for g in grads)
+        hyperparameters = [self._learning_rate, *(x for g in self._groups for x in g.given())]
+        asked = any(
+            callable(x) and not isinstance(x, LearningRateSchedule) for x in hyperparameters
+        )
+        stateless = self._iterations.value is not self._iterations._value
+        return not (tracing or asked or stateless or self._overrides_update_step())
+
+    def _constants(self):
+        """Return all that a compiled step holds as a constant."""
+        rate = self._learning_rate
+        return (
+            None if isinstance(rate, keras.Variable) else rate,
+            *((g.options, g.stored is None and g.changes) for g in self._groups),
+            *(getattr(self, name) for name in _CONSTANTS),
+        )
 
     def finalize_variable_values(self, var_list):
         # When a train step has failed, Keras's trainer calls this with all variables empty; an error from here would

@@ -1,9 +1,12 @@
 """What TensorFlow does its own way: variables with one component per replica, and branches inside a graph."""
 
+import functools
 from collections.abc import Callable
 
 import keras
 import tensorflow as tf
+
+from keras_adam import rule
 
 
 class Backend:
@@ -18,8 +21,23 @@ class Backend:
         variable = _component(variable)
         variable.assign(tf.cast(value, variable.dtype))
 
+    # TensorFlow's kernels: one pass over memory, in graphs and eagerly, where separate operations make many.
+
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        self._portable_update_step(grads, trainable_variables, learning_rate)
+        if self._overrides_update_step():
+            self._portable_update_step(grads, trainable_variables, learning_rate)
+            return
+        scalars = self._scalars(learning_rate)
+        kernel_scalars = self._scalars(learning_rate, for_kernel=True)
+        for bucket in self._buckets(trainable_variables):
+            chosen = [grads[i] for i in bucket.positions]
+            if _has_kernel(bucket):
+                dtype = bucket.dtype
+                now = kernel_scalars(bucket.group, bucket.start, dtype, bucket.decays)
+                _kernel_step(bucket, [tf.cast(g, dtype) for g in chosen], now)
+            else:
+                for gradient, variable in zip(chosen, bucket.variables, strict=True):
+                    self.update_step(gradient, variable, learning_rate, scalars)
 
     def _backend_apply_gradients(self, grads, trainable_variables, absent=()):
         if tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy():
@@ -77,3 +95,41 @@ def _component(variable):
     ):
         return variable._get()
     return variable
+
+
+def _has_kernel(bucket) -> bool:
+    # AMSGrad's kernel is not used: XLA, which `fit` uses by default, does not know it.
+    same = all(m.m.dtype == m.v.dtype == bucket.dtype for m in bucket.moments)
+    return same and bucket.dtype in ("float32", "float64") and not bucket.group.options.amsgrad
+
+
+def _kernel_step(bucket, grads, scalars) -> None:
+    options = bucket.group.options
+    parameters = [_component(v) for v in bucket.variables]
+    if scalars.decay is not None:
+        # A decay that can be set while training costs a pass over memory only while it is not zero.
+        zero = bucket.group.stored is not None and scalars.decay == 0
+        decouple = functools.partial(_decay, grads, parameters, scalars, options)
+        if options.decoupled_weight_decay:
+            tf.cond(zero, tf.no_op, decouple) if tf.is_tensor(zero) else decouple()
+    for gradient, parameter, moments in zip(grads, parameters, bucket.moments, strict=True):
+        gradient, _ = rule.prepare(gradient, parameter, scalars, options)
+        tf.raw_ops.ResourceApplyAdam(
+            var=parameter.handle,
+            m=_component(moments.m).handle,
+            v=_component(moments.v).handle,
+            # The step size has the bias corrections in it already.
+            beta1_power=tf.zeros((), gradient.dtype),
+            beta2_power=tf.zeros((), gradient.dtype),
+            lr=scalars.step_size,
+            beta1=rule.complement(tf.cast(scalars.rate_1, gradient.dtype)),
+            beta2=rule.complement(tf.cast(scalars.rate_2, gradient.dtype)),
+            epsilon=tf.cast(scalars.epsilon, gradient.dtype),
+            grad=gradient,
+        )
+
+
+def _decay(grads, parameters, scalars, options):
+    for gradient, parameter in zip(grads, parameters, strict=True):
+        parameter.assign(rule.prepare(gradient, parameter, scalars, options)[1])
+    return tf.no_op()

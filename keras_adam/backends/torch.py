@@ -1,16 +1,151 @@
-"""What PyTorch does its own way: no gradient may flow through the update."""
+"""What PyTorch does its own way: its fused kernel, and no gradient through the update."""
 
 from collections.abc import Callable
 
+import keras
 import torch
+
+from keras_adam import hyperparameters, rule
+from keras_adam.groups import NUMERIC
+
+# PyTorch's own fused Adam, one call for many tensors. The function around it in `torch.optim` sorts the tensors by
+# device and dtype at each call, which for many small ones takes longer than the kernel: here they are sorted once.
+_FUSED = {False: getattr(torch, "_fused_adam_", None), True: getattr(torch, "_fused_adamw_", None)}
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class Backend:
     """Overrides for PyTorch."""
 
+    def __init__(self, *args, **kwargs):
+        self.__dict__.update(_host_values={}, _host_numbers={})
+        super().__init__(*args, **kwargs)
+
     @torch.no_grad()
     def apply(self, grads, trainable_variables=None):
-        return super().apply(grads, trainable_variables)
+        iterations = self._iterations._value
+        before, version = self._read(self._iterations), iterations._version
+        super().apply(grads, trainable_variables)
+        if iterations._version == version + 1:
+            # One step was counted: known without asking the device, which would wait for all that is under way.
+            self._remember(self._iterations, before + 1)
+
+    @torch.no_grad()
+    def _overwrite_model_variables_with_average_value(self, trainable_variables):
+        return super()._overwrite_model_variables_with_average_value(trainable_variables)
+
+    # The fused step
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if not self._may_fuse():
+            return self._portable_update_step(grads, trainable_variables, learning_rate)
+        step = self._read(self._iterations)
+        for bucket in self._buckets(trainable_variables):
+            chosen = [grads[i] for i in bucket.positions]
+            if self._can_fuse(bucket, chosen):
+                self._fused_step(bucket, chosen, learning_rate, step)
+            else:
+                self._portable_update_step(chosen, bucket.variables, learning_rate)
+
+    def _may_fuse(self) -> bool:
+        stateless = self._iterations.value is not self._iterations._value
+        return not (
+            stateless
+            or None in _FUSED.values()
+            or self._overrides_update_step()
+            or self._is_compiling()
+        )
+
+    def _can_fuse(self, bucket, grads) -> bool:
+        if bucket.memory is None:
+            bucket.memory = _Tensors(bucket)
+        tensors = bucket.memory
+        return (
+            tensors.serve
+            and bucket.group.options.amsgrad != "corrected"
+            and all(g.dtype is tensors.dtype and g.device == tensors.device for g in grads)
+        )
+
+    def _fused_step(self, bucket, grads, learning_rate, iterations: int) -> None:
+        group, options = bucket.group, bucket.group.options
+        tensors = bucket.memory
+        steps = self.gradient_accumulation_steps or 1
+        start = 0 if bucket.start is None else self._read(self._starts[bucket.start])
+        t = iterations // steps + 1 - start
+        now = self._numbers_of(group, learning_rate)
+        epsilon = now["epsilon"]
+        if options.epsilon_hat:
+            epsilon = rule.epsilon_of_algorithm_1(epsilon, now["beta_2"], t)
+        tensors.step.fill_(t)
+        _FUSED[options.decoupled_weight_decay](
+            tensors.parameters,
+            [g if g.is_contiguous() else g.contiguous() for g in grads],
+            tensors.m,
+            tensors.v,
+            tensors.s,
+            tensors.steps,
+            lr=now["learning_rate"],
+            beta1=now["beta_1"],
+            beta2=now["beta_2"],
+            weight_decay=now["weight_decay"] if bucket.decays else 0.0,
+            eps=epsilon,
+            amsgrad=bool(options.amsgrad),
+            maximize=options.maximize,
+        )
+
+    def _numbers_of(self, group, learning_rate) -> dict[str, float]:
+        """Return the group's numbers on the host; they are read from the device only after they were changed."""
+        stored = None if group.stored is None else group.stored._value
+        key = group.changes, None if stored is None else (id(stored), stored._version)
+        if self._host_numbers.get(group, (None,))[0] != key:
+            self._host_numbers[group] = key, {name: group.own(name) for name in NUMERIC}
+        now = dict(self._host_numbers[group][1])
+        for name, value in now.items():
+            if hyperparameters.is_dynamic(value):
+                now[name] = hyperparameters.resolve(name, value, self._iterations, compiling=False)
+        if now["learning_rate"] is None:
+            if isinstance(learning_rate, keras.Variable):
+                learning_rate = self._read(learning_rate)
+            now["learning_rate"] = learning_rate * now["learning_rate_multiplier"]
+        now["weight_decay"] = now["weight_decay"] or 0.0
+        # A schedule's rate may stay on the device, where the kernel reads it; the rest must be numbers.
+        return {name: x if name == "learning_rate" else float(x) for name, x in now.items()}
+
+    def _read(self, variable):
+        """Return a scalar variable's value as a Python number, asking the device only if it was written to."""
+        value = variable.value
+        key = id(value), value._version
+        known = self._host_values.get(id(variable))
+        if known is None or known[0] != key:
+            known = self._host_values[id(variable)] = key, value.item()
+        return known[1]
+
+    def _remember(self, variable, number) -> None:
+        value = variable.value
+        self._host_values[id(variable)] = (id(value), value._version), number
+
+    # Accumulation and averages
+
+    def _is_due(self, iterations, every):
+        count = self._read(self._iterations)
+        if iterations is not self._iterations:
+            count //= self.gradient_accumulation_steps or 1
+        return (count + 1) % every == 0
+
+    def _backend_increment_gradient_accumulators(self, grads, acc_grads):
+        values = [a.value for a in acc_grads[: len(grads)]]
+        torch._foreach_add_(values, [g.to(a.dtype) for g, a in zip(grads, values, strict=True)])
+
+    def _means(self, accumulators, steps):
+        return torch._foreach_div([a.value for a in accumulators], steps)
+
+    def _reset(self, accumulators):
+        torch._foreach_zero_([a.value for a in accumulators])
+
+    def _device_of(self, variable):
+        return variable.value.device
+
+    # Differentiation
 
     def _is_compiling(self) -> bool:
         return torch.compiler.is_compiling()
@@ -20,12 +155,10 @@ class Backend:
 
     def _differentiate(self, loss_fn, variables):
         values = [v.value for v in variables]
-        before = [(id(v.grad), None if v.grad is None else v.grad._version) for v in values]
+        before = [_grad_state(v) for v in values]
         with torch.enable_grad():
             loss = loss_fn()
-            if before != [
-                (id(v.grad), None if v.grad is None else v.grad._version) for v in values
-            ]:
+            if before != [_grad_state(v) for v in values]:
                 # A closure in PyTorch's way, which has called `loss.backward()` itself.
                 return loss.detach(), [v.grad for v in values]
             grads = torch.autograd.grad(self.scale_loss(loss), values, allow_unused=True)
@@ -44,3 +177,27 @@ class Backend:
     def _when(self, condition, update: Callable[[], None]) -> None:
         if condition:
             update()
+
+
+class _Tensors:
+    """A bucket's tensors, in the lists that the kernel takes."""
+
+    def __init__(self, bucket):
+        self.parameters = [v.value for v in bucket.variables]
+        self.m = [moments.m.value for moments in bucket.moments]
+        self.v = [moments.v.value for moments in bucket.moments]
+        self.s = [moments.s.value for moments in bucket.moments if moments.s is not None]
+        first = self.parameters[0]
+        self.dtype, self.device = first.dtype, first.device
+        self.step = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.steps = [self.step] * len(self.parameters)
+        everything = (*self.parameters, *self.m, *self.v, *self.s)
+        # The kernel walks through memory, all tensors in step, and knows one dtype at a time.
+        self.serve = self.device.type in _FUSED_DEVICES and all(
+            x.dtype is self.dtype and x.device == self.device and x.is_contiguous()
+            for x in everything
+        )
+
+
+def _grad_state(value):
+    return id(value.grad), None if value.grad is None else value.grad._version
