@@ -119,12 +119,19 @@ def adam_step(
     """Return the parameter and its moments after one step; all tensors in the dtype of `scalars`."""
     m, v, s = moments
     g, p = prepare(g, p, scalars, options)
-    m = m + scalars.rate_1 * (g - m)
-    v = v + scalars.rate_2 * (g * g - v)
+    m = _average(m, g, scalars.rate_1)
+    v = _average(v, g * g, scalars.rate_2)
     if options.amsgrad:
         s = ops.maximum(s, v / scalars.correction_2 if options.amsgrad == "corrected" else v)
     p = p - scalars.step_size * m / (ops.sqrt(s if options.amsgrad else v) + scalars.epsilon)
     return p, Moments(m, v, s)
+
+
+def _average(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
+    """Move `old` towards `new` by `rate` of the distance, from the nearer end: with beta = 0 the result is `new`."""
+    if isinstance(rate, float) and rate > 0.5:
+        return new - complement(rate) * (new - old)
+    return old + rate * (new - old)
 
 
 def _scalar(x: Tensor, dtype: str) -> Tensor:

@@ -1,0 +1,56 @@
+"""The suite runs under the backend that KERAS_BACKEND names; CI runs it once per backend.
+
+A backend that was asked for and is missing fails the run: `import keras` below raises. NumPy,
+torch, optax and keras itself serve as oracles whatever the backend is.
+"""
+
+import os
+
+# Read by the frameworks on import: no start-up notices, and no device memory taken by an oracle.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# The suite compiles hundreds of small programs and runs each for milliseconds.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import keras
+import numpy as np
+import pytest
+
+from helpers import random_problem
+
+
+def pytest_configure(config):
+    asked = os.environ.get("KERAS_BACKEND")
+    if asked and keras.backend.backend() != asked:
+        raise pytest.UsageError(
+            f"KERAS_BACKEND={asked}, but keras was imported with {keras.backend.backend()}."
+        )
+    # Keras's convert_to_numpy, for torch's tensors under NumPy 2.
+    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
+
+
+def pytest_report_header(config):
+    return f"keras {keras.__version__}, backend: {keras.backend.backend()}"
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(2015)
+
+
+@pytest.fixture
+def problem(rng):
+    """Start values and 200 steps of gradients, new for each test."""
+    return random_problem(rng, steps=200)
+
+
+@pytest.fixture(autouse=True)
+def restore_keras_state():
+    """Undo what a test does to Keras's global settings, so that tests pass in any order."""
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
+    yield
+    if keras.config.floatx() != floatx or keras.config.dtype_policy() != policy:
+        keras.utils.clear_session()
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)

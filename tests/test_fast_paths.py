@@ -1,0 +1,135 @@
+"""Each backend's fast path does what the portable path does, over the options that either must know."""
+
+import keras
+import numpy as np
+import pytest
+from tolerances import TOLERANCES
+
+import keras_adam
+
+SHAPES = [(7, 5), (5,), (), (0, 3), (2, 3, 4)]
+STEPS = 12
+
+
+class Portable(keras_adam.Adam):
+    """An optimizer with an `update_step` of its own, which keeps every backend from its fast path."""
+
+    def update_step(self, *args):
+        super().update_step(*args)
+
+
+OPTIONS = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True},
+    "amsgrad_corrected": {"amsgrad": "corrected"},
+    "decoupled": {"weight_decay": 0.1},
+    "l2": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "epsilon_of_algorithm_1": {"epsilon_hat": False, "epsilon": 1e-2},
+    "large_epsilon_hat": {"epsilon": 1e-2},
+    "maximize_l2": {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": False},
+    "maximize_decoupled_amsgrad": {"maximize": True, "weight_decay": 0.1, "amsgrad": True},
+    "betas_zero": {"beta_1": 0.0, "beta_2": 0.0, "epsilon": 1e-3},
+    "clipnorm": {"clipnorm": 0.5},
+    "global_clipnorm": {"global_clipnorm": 0.5},
+    "clipvalue": {"clipvalue": 0.1},
+    "ema": {"use_ema": True, "ema_momentum": 0.7, "ema_overwrite_frequency": 3},
+    "accumulation": {"gradient_accumulation_steps": 3},
+    "accumulation_ema_clip": {
+        "gradient_accumulation_steps": 2,
+        "use_ema": True,
+        "ema_overwrite_frequency": 2,
+        "global_clipnorm": 0.5,
+    },
+    "loss_scale": {"loss_scale_factor": 64.0},
+    "schedule": {"learning_rate": keras.optimizers.schedules.ExponentialDecay(1e-2, 3, 0.5)},
+    "callables": {"learning_rate": lambda: 2e-3, "beta_1": lambda: 0.8},
+    "groups": {
+        "param_groups": [
+            {"params": "v0", "lr": 3e-3, "betas": (0.8, 0.99), "weight_decay": 0.2},
+            {"params": "v[14]", "learning_rate_multiplier": 0.5, "amsgrad": True, "maximize": True},
+        ]
+    },
+}
+
+
+def run(cls, options, dtype="float32", excluded=("v1",)):
+    rng = np.random.default_rng(7)
+    variables = [
+        keras.Variable(rng.normal(size=shape), dtype=dtype, name=f"v{i}")
+        for i, shape in enumerate(SHAPES)
+    ]
+    optimizer = cls(**{"learning_rate": 1e-2, **options})
+    optimizer.exclude_from_weight_decay(var_names=list(excluded))
+    for step in range(STEPS):
+        if step == STEPS // 2 and "param_groups" in options:
+            late = keras.Variable(rng.normal(size=(3,)), dtype=dtype, name="late")
+            optimizer.add_param_group({"params": late, "learning_rate": 5e-3})
+            variables.append(late)
+            optimizer.param_groups[0]["lr"] = 1e-3
+        gradients = [rng.normal(size=v.shape) * 10.0 ** rng.integers(-4, 2) for v in variables]
+        gradients = [keras.ops.convert_to_tensor(g, dtype) for g in gradients]
+        if step % 4 == 3:
+            gradients[0] = None
+        optimizer.apply(gradients, variables)
+    return variables, optimizer
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_fast_path_equals_the_portable_path(name):
+    variables, optimizer = run(keras_adam.Adam, OPTIONS[name])
+    expected, portable = run(Portable, OPTIONS[name])
+    for variable, reference in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(
+            variable.numpy(), reference.numpy(), **TOLERANCES["float32"], err_msg=variable.path
+        )
+    for state, reference in zip(optimizer.variables, portable.variables, strict=True):
+        # TensorFlow's kernel takes beta_2 in float32, which moves `1 - beta_2` by 1.3e-5 of itself.
+        np.testing.assert_allclose(
+            state.numpy(), reference.numpy(), rtol=3e-5, atol=1e-9, err_msg=state.path
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_the_fast_path_is_taken(monkeypatch):
+    """The comparison above would say nothing if both sides were portable."""
+
+    def refuse(*args):
+        raise AssertionError("the portable path ran")
+
+    if keras.backend.backend() == "jax":  # there the compiled call is what is fast
+        optimizer = run(keras_adam.Adam, {})[1]
+        assert len(optimizer._compiled) == 2  # with and without the missing gradient
+    else:
+        monkeypatch.setattr(keras_adam.Adam, "_portable_update_step", refuse)
+        run(keras_adam.Adam, {})
+    portable = run(Portable, {})[1] if keras.backend.backend() == "jax" else None
+    assert portable is None or not portable._compiled
+
+
+def test_a_constant_that_changes_is_noticed():
+    """An eager step may be compiled, but an attribute that is set holds from the next step on."""
+    variable = keras.Variable([1.0])
+    optimizer = keras_adam.Adam(0.1, beta_1=0.0, beta_2=0.0, epsilon=0.0)
+    gradient = keras.ops.convert_to_tensor([1.0])
+    optimizer.apply([gradient], [variable])
+    np.testing.assert_allclose(variable.numpy(), [0.9], rtol=1e-6)
+    optimizer.weight_decay = 1.0
+    optimizer.apply([gradient], [variable])
+    np.testing.assert_allclose(variable.numpy(), [0.9 * 0.9 - 0.1], rtol=1e-6)
+    optimizer.learning_rate = 0.2
+    optimizer.apply([gradient], [variable])
+    np.testing.assert_allclose(variable.numpy(), [0.71 * 0.8 - 0.2], rtol=1e-6)
+
+
+def test_arrays_that_the_caller_holds_stay_valid():
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = keras_adam.Adam(0.1)
+    gradient = keras.ops.convert_to_tensor([1.0, 1.0])
+    optimizer.apply([gradient], [variable])
+    held = [keras.ops.copy(variable.value), gradient]
+    if keras.backend.backend() == "jax":
+        held[0] = variable.value
+    optimizer.apply([gradient], [variable])
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(held[0]), [0.9, 1.9], rtol=1e-6)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(held[1]), [1.0, 1.0])
