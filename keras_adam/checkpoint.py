@@ -19,6 +19,7 @@ class Entry(NamedTuple):
     path: str
     variable: Any
     start: int | None = None  # of a momentum: which "start" tells when its variable joined
+    frozen: bool = False  # whether it belongs to a variable that is not trainable now
 
     @property
     def label(self) -> str:
@@ -32,6 +33,7 @@ class Saved(NamedTuple):
     path: str
     value: np.ndarray
     start: str = ""
+    frozen: bool = False
 
 
 def save(store, entries: list[Entry]) -> None:
@@ -43,6 +45,8 @@ def save(store, entries: list[Entry]) -> None:
             attributes["role"], attributes["path"] = entry.role, entry.path
             if entry.start is not None:
                 attributes["start"] = str(entry.start)
+            if entry.frozen:
+                attributes["frozen"] = True
 
 
 def read(store, owner: str) -> list[Saved]:
@@ -57,7 +61,8 @@ def read(store, owner: str) -> list[Saved]:
             )
         told = _attributes(store, key) or {}
         role, path, start = (told.get(name, "") for name in ("role", "path", "start"))
-        saved.append(Saved(role, path, np.array(store[key]), start))
+        frozen = bool(told.get("frozen", False))
+        saved.append(Saved(role, path, np.array(store[key]), start, frozen))
     return saved
 
 

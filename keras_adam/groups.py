@@ -25,6 +25,7 @@ _MAY_BE_NONE = ("learning_rate", "weight_decay")
 # Stored as `1 - beta`: float32 has no 0.999, and what it has instead is 5e-5 off in the number that counts, 0.001.
 _STORED_AS_COMPLEMENT = ("beta_1", "beta_2")
 _NOT_SET = -1.0  # stored for a learning rate that follows the optimizer's
+_ASKED = -2.0  # stored for a schedule or a callable, which is asked in each step
 _PYTORCH_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
 
 
@@ -76,9 +77,15 @@ class ParamGroup(Mapping):
                 f"A parameter group's `{name}` cannot be set: only numbers can, which are {', '.join(NUMERIC)}. "
                 f"Received: {name}={value!r}"
             )
-        if name == "learning_rate" and self is self._optimizer._default_group:
-            self._optimizer.learning_rate = value
-            return
+        if self is self._optimizer._default_group:
+            if name == "learning_rate":
+                self._optimizer.learning_rate = value
+                return
+            if name == "learning_rate_multiplier":
+                raise ValueError(
+                    "`learning_rate_multiplier` of the default group is 1: set the optimizer's learning rate. "
+                    f"Received: learning_rate_multiplier={value!r}"
+                )
         value = _check(name, value)
         self.check_settable(name, value)
         self._numeric[name] = value
@@ -119,6 +126,8 @@ class ParamGroup(Mapping):
         if numbers is None or hyperparameters.is_dynamic(given):
             return given
         number = numbers[NUMERIC.index(name)]
+        if number == _ASKED:
+            return given
         if number == np.asarray(_encode(name, given), number.dtype):
             return given
         if number == _NOT_SET:
@@ -141,6 +150,11 @@ class ParamGroup(Mapping):
         """Whether the learning rate is a schedule or a callable, the group's own or the optimizer's."""
         own = self.own("learning_rate")
         return hyperparameters.is_dynamic(self._optimizer._learning_rate if own is None else own)
+
+    def renew_numbers(self) -> None:
+        """Store our own number where one was loaded that is none: a schedule's or a callable's."""
+        if self.stored is not None and _ASKED in ops.convert_to_numpy(self.stored):
+            self.stored.assign(self._numbers())
 
     def initial_numbers(self, shape, dtype):
         """Initialize the variable that will hold the numbers, where a compiled step reads them."""
@@ -177,14 +191,21 @@ class ParamGroup(Mapping):
             dtype=dtype,
         )
 
-    def get_config(self, default: "ParamGroup", count: int) -> dict[str, Any]:
+    def get_config(self, default: "ParamGroup", known) -> dict[str, Any]:
         """Return what makes an equal group beside `default`, as `param_groups` takes it.
 
-        `count` is the number of variables that the optimizer was built for.
+        `known` are the variables that the optimizer was built for.
         """
         config: dict[str, Any] = {"params": self._selector_config()}
         if self.variables:
-            config["selected"] = {"paths": [path_of(v) for v in self.variables], "of": count}
+            paths = [path_of(v) for v in self.variables]
+            for variable in known:
+                if path_of(variable) in paths and not any(variable is v for v in self.variables):
+                    raise ValueError(
+                        "A parameter group is saved by the paths of its variables, which must be their own. Received: "
+                        f"'{path_of(variable)}' for a variable of the group and for another one"
+                    )
+            config["selected"] = {"paths": paths, "of": len(known)}
         elif self.selected:
             config["selected"] = self.selected
         for name in NUMERIC:
@@ -261,6 +282,10 @@ def parse(optimizer, index: int, spec: Mapping[str, Any], default: ParamGroup) -
             f"`param_groups[{index}]` gives an option under two names. Received: {spec!r}"
         )
     if "betas" in given:
+        if not {"beta_1", "beta_2"}.isdisjoint(given):
+            raise ValueError(
+                f"`param_groups[{index}]` gives an option under two names. Received: {spec!r}"
+            )
         given["beta_1"], given["beta_2"] = check_pair(given.pop("betas"), index)
     known = ("params", *NUMERIC, *rule.Options._fields)
     for name in given:
@@ -369,15 +394,15 @@ def selects(selector: Any, variable) -> bool:
 
 def named_variables(selector: Any) -> list[Any] | None:
     """Return the variables that a selector of variables and layers names; None if it holds another kind."""
-    variables = []
+    variables: dict[int, Any] = {}
     for item in _flatten(selector):
         if _is_variable(item):
-            variables.append(item)
+            variables[id(item)] = item
         elif isinstance(item, keras.Layer):
-            variables.extend(item.trainable_variables)
+            variables |= {id(v): v for v in item.trainable_variables}
         else:
             return None
-    return variables
+    return list(variables.values())
 
 
 class DecayExclusions:
@@ -424,7 +449,9 @@ def _check(name: str, value: Any) -> Any:
 
 
 def _encode(name: str, value: Any) -> float:
-    if hyperparameters.is_dynamic(value) or value is None:
+    if hyperparameters.is_dynamic(value):
+        return _ASKED
+    if value is None:
         return 0.0 if name == "weight_decay" else _NOT_SET
     return rule.complement(value) if name in _STORED_AS_COMPLEMENT else value
 

@@ -1,138 +1,160 @@
 """How PyTorch lays out the arrays that Keras's layers lay out another way."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from keras_adam.paths import path_of
 
-# Parts of a path that tell what a kernel of more than two axes is; Keras gives its own layers these names.
-_ATTENTION = ("query", "key", "value", "attention_output")
-_DEPTHWISE = ("depthwise_conv",)
-_GATED_OTHERWISE = ("gru",)
+# What a variable is, is told by its name and that of the layer that holds it. Keras gives these names to its own
+# layers; a user's own may need `convert`.
+_INTO_HEADS = ("query", "key", "value")
+_OUT_OF_HEADS = "attention_output"
+_EINSUM = "einsum_dense"
+_DEPTHWISE = "depthwise_conv"
+_GATES_IN_ANOTHER_ORDER = "gru_cell"
 
 
-def from_torch(variable, array: np.ndarray, convert: Callable) -> np.ndarray:
-    """Return an array of PyTorch's layout in the variable's, or raise a ValueError that names both shapes."""
-    converted = convert(variable, array)
-    shape = tuple(variable.shape)
-    if converted is None:
-        converted = _from_torch(variable, shape, array)
-    converted = None if converted is None else np.asarray(converted)
-    if converted is None or converted.shape != shape:
-        raise ValueError(
-            f"'{path_of(variable)}' has shape {shape}, which PyTorch's array of shape {array.shape} does not fit"
-            f"{_order_hint(variable)}. Give the right order in `variables`, or the conversion in `convert`"
-        )
-    return converted
+class Layouts:
+    """Conversions between both layouts, for the variables of one optimizer.
 
+    `convert` is a user's function `(variable, array) -> array`, or None for the default.
+    """
 
-def to_torch(variable, array: np.ndarray, convert: Callable) -> np.ndarray:
-    """Return an array of the variable's layout in PyTorch's, in memory of its own."""
-    converted = convert(variable, array)
-    if converted is None:
-        converted = _to_torch(variable, array)
-    return np.array(converted, order="C")
+    def __init__(self, variables, convert: Callable | None):
+        self._by_path: Mapping[str, Any] = {path_of(v): v for v in variables}
+        self._convert = convert or (lambda variable, array: None)
 
-
-def read_moments(variable, moments: dict[str, Any] | None, amsgrad: bool, convert: Callable):
-    """Return the step and the arrays of one parameter of a state dict; zeros if it has had no step."""
-    names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
-    if not moments:
-        return 0, {name: np.zeros(tuple(variable.shape), "float32") for name in names}
-    for name in ("step", *names):
-        if name not in moments:
+    def from_torch(self, variable, array: np.ndarray) -> np.ndarray:
+        """Return an array of PyTorch's layout in the variable's; a misfit is a ValueError that names both shapes."""
+        shape = tuple(variable.shape)
+        converted = self._convert(variable, array)
+        if converted is None:
+            converted = self._from_torch(variable, shape, array)
+        if converted is None or np.shape(converted) != shape:
             raise ValueError(
-                f"The state of '{path_of(variable)}' in the state dict lacks '{name}'."
+                f"'{path_of(variable)}' has shape {shape}, which PyTorch's array of shape {array.shape} does not "
+                "fit. Give the right order in `variables`, or the conversion in `convert`"
             )
-    arrays = {name: from_torch(variable, _to_numpy(moments[name]), convert) for name in names}
-    step = float(_to_numpy(moments["step"]))
-    if step < 0 or step != int(step):
-        raise ValueError(
-            f"The `step` of '{path_of(variable)}' must be a whole number. Received: step={step}"
-        )
-    return int(step), arrays
+        return np.asarray(converted)
+
+    def to_torch(self, variable, array: np.ndarray) -> np.ndarray:
+        """Return an array of the variable's layout in PyTorch's, in memory of its own."""
+        converted = self._convert(variable, array)
+        if converted is None:
+            converted = self._to_torch(variable, array)
+        return np.array(converted, order="C")
+
+    def read_moments(self, variable, moments: dict[str, Any] | None, amsgrad: bool):
+        """Return the step and the arrays of one parameter of a state dict; zeros if it has had no step."""
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+        if not moments:
+            return 0, {name: np.zeros(tuple(variable.shape), "float32") for name in names}
+        for name in ("step", *names):
+            if name not in moments:
+                raise ValueError(
+                    f"The state of '{path_of(variable)}' in the state dict lacks '{name}'."
+                )
+        arrays = {name: self.from_torch(variable, to_numpy(moments[name])) for name in names}
+        step = float(to_numpy(moments["step"]))
+        if not step >= 0 or step != int(step):
+            raise ValueError(
+                f"The `step` of '{path_of(variable)}' must be a whole number. Received: step={step}"
+            )
+        return int(step), arrays
+
+    def _from_torch(self, variable, shape: tuple[int, ...], array: np.ndarray):
+        kind = self._kind(variable)
+        if kind == "as it is":
+            return array
+        if kind == "bias of heads":
+            return array.reshape(shape) if array.shape == (math.prod(shape),) else None
+        if kind == "matrix of heads":
+            size = math.prod(shape)
+            splits = [math.prod(shape[:i]) for i in self._axes_in(variable)]
+            fits = any(array.shape == (size // max(rows, 1), rows) for rows in splits)
+            return array.T.reshape(shape) if fits else None
+        if kind == "depthwise":
+            channels, multiplier = shape[-2:]
+            fits = array.shape == (channels * multiplier, 1, *shape[:-2])
+            return _to_the_end(array.reshape(shape[-2:] + shape[:-2]), (0, 1)) if fits else None
+        if kind == "kernel":
+            return _to_the_end(array, (1, 0)) if array.ndim == len(shape) else None
+        return None
+
+    def _to_torch(self, variable, array: np.ndarray) -> np.ndarray:
+        kind = self._kind(variable)
+        if kind == "bias of heads":
+            return array.reshape(-1)
+        if kind == "matrix of heads":
+            splits = self._axes_in(variable)
+            if len(splits) > 1:
+                raise ValueError(
+                    f"Which axes of '{path_of(variable)}', of shape {array.shape}, come in and which go out cannot be "
+                    "told without a bias of all that go out: give the conversion in `convert`"
+                )
+            return array.reshape((math.prod(array.shape[: splits[0]]), -1)).T
+        if kind == "depthwise":
+            first = _to_the_front(array, (0, 1))
+            return first.reshape((-1, 1, *first.shape[2:]))
+        if kind == "kernel":
+            return _to_the_front(array, (1, 0))
+        if kind == "unknown":
+            raise ValueError(
+                f"PyTorch orders the gates of '{path_of(variable)}' otherwise: give the conversion in `convert`"
+            )
+        return array
+
+    def _kind(self, variable) -> str:
+        *parents, name = path_of(variable).split("/")
+        layer = parents[-1] if parents else ""
+        rank = len(variable.shape)
+        heads = layer in (*_INTO_HEADS, _OUT_OF_HEADS) or layer.startswith(_EINSUM)
+        if layer.startswith(_GATES_IN_ANOTHER_ORDER):
+            return "unknown"
+        if name == "depthwise_kernel" or (name == "kernel" and layer.startswith(_DEPTHWISE)):
+            return "depthwise"
+        if name == "kernel" and heads and rank > 2:
+            return "matrix of heads"
+        if name == "bias" and heads and rank > 1:
+            return "bias of heads"
+        if name in ("kernel", "pointwise_kernel", "recurrent_kernel") and rank >= 2:
+            return "kernel"
+        return "as it is"
+
+    def _axes_in(self, variable) -> list[int]:
+        """Return how many of a kernel's axes come in, the rest going out; several numbers where it cannot be told."""
+        parent, _, _ = path_of(variable).rpartition("/")
+        layer = parent.rpartition("/")[2]
+        rank = len(variable.shape)
+        if layer in _INTO_HEADS:
+            return [1]
+        if layer == _OUT_OF_HEADS:
+            return [rank - 1]
+        bias = self._by_path.get(f"{parent}/bias")
+        if bias is None or tuple(bias.shape) != tuple(variable.shape)[rank - len(bias.shape) :]:
+            return list(range(1, rank))
+        return [rank - len(bias.shape)]
 
 
-def _from_torch(variable, shape: tuple[int, ...], array: np.ndarray) -> np.ndarray | None:
-    kind = _kind(variable)
-    if kind == "depthwise":
-        return (
-            _rows_last(array.reshape(shape[-2:] + array.shape[2:]), (0, 1))
-            if (array.size == math.prod(shape) and array.ndim == len(shape))
-            else None
-        )
-    if kind == "einsum":
-        return (
-            array.T.reshape(shape) if array.size == math.prod(shape) and array.ndim == 2 else None
-        )
-    if kind == "kernel":
-        return _rows_last(array, (1, 0)) if array.ndim == len(shape) else None
-    if kind == "bias of heads":
-        return array.reshape(shape) if array.size == math.prod(shape) else None
-    return array
+def to_numpy(value: Any) -> np.ndarray:
+    """Return an array, also of a tensor of PyTorch, which is not imported for it."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        # NumPy has no bfloat16.
+        value = value.float() if str(value.dtype) in ("torch.bfloat16", "torch.float16") else value
+        return value.numpy()
+    return np.asarray(value)
 
 
-def _to_torch(variable, array: np.ndarray) -> np.ndarray:
-    kind = _kind(variable)
-    if kind == "depthwise":
-        first = _channels_first(array, (0, 1))
-        return first.reshape((-1, 1, *first.shape[2:]))
-    if kind == "einsum":
-        # The features that come in are the first axis; of an attention's output, all but the last.
-        output = "attention_output" in path_of(variable).split("/")
-        rows = math.prod(array.shape[:-1]) if output else array.shape[0]
-        return array.reshape((rows, -1)).T
-    if kind == "kernel":
-        return _channels_first(array, (1, 0))
-    if kind == "bias of heads":
-        return array.reshape(-1)
-    return array
-
-
-def _rows_last(array: np.ndarray, order: tuple[int, int]) -> np.ndarray:
+def _to_the_end(array: np.ndarray, order: tuple[int, int]) -> np.ndarray:
     """Move the two channel axes, which PyTorch has first, to the end in `order`."""
     return array.transpose((*range(2, array.ndim), *order))
 
 
-def _channels_first(array: np.ndarray, order: tuple[int, int]) -> np.ndarray:
+def _to_the_front(array: np.ndarray, order: tuple[int, int]) -> np.ndarray:
     """Move the last two axes to the front in `order`."""
     spatial = array.ndim - 2
     return array.transpose((*(spatial + i for i in order), *range(spatial)))
-
-
-def _kind(variable) -> str:
-    """Tell how PyTorch lays out the variable, by Keras's own names; a user's layer may need `convert`."""
-    *parents, name = path_of(variable).split("/")
-    rank = len(variable.shape)
-    einsum = any(p in _ATTENTION or p.startswith("einsum_dense") for p in parents)
-    if any(part.startswith(_GATED_OTHERWISE) for part in parents) and rank > 0:
-        return "unknown"
-    if name == "depthwise_kernel" or (
-        name == "kernel" and any(part.startswith(_DEPTHWISE) for part in parents)
-    ):
-        return "depthwise"
-    if name == "kernel" and einsum and rank > 2:
-        return "einsum"
-    if name == "bias" and einsum and rank > 1:
-        return "bias of heads"
-    if name in ("kernel", "pointwise_kernel", "recurrent_kernel") and rank >= 2:
-        return "kernel"
-    return "as it is"
-
-
-def _order_hint(variable) -> str:
-    if _kind(variable) == "unknown":
-        return " as PyTorch orders the gates otherwise"
-    return ""
-
-
-def _to_numpy(value: Any) -> np.ndarray:
-    # A tensor of PyTorch, without importing it: it may require a gradient, or be in bfloat16, which NumPy lacks.
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if str(value.dtype) in ("torch.bfloat16", "torch.float16") else value
-        return value.numpy()
-    return np.asarray(value)

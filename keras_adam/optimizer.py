@@ -262,9 +262,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         if self._has_groups:
             of = self._groups.index(self._default_group)
             described = [
-                None
-                if g is self._default_group
-                else g.get_config(self._default_group, len(self._known))
+                None if g is self._default_group else g.get_config(self._default_group, self._known)
                 for g in self._groups
             ]
             config["param_groups"] = described[:of]
@@ -341,6 +339,14 @@ class AdamW(Adam):
         super().__init__(
             learning_rate, beta_1, beta_2, epsilon, amsgrad, weight_decay, *args, **kwargs
         )
+
+    @classmethod
+    def with_torch_arguments(
+        cls, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, amsgrad=False, **options
+    ):
+        """Return an optimizer that computes what `torch.optim.AdamW` does; the arguments are as for `Adam`."""
+        options = {"decoupled_weight_decay": True, **options}
+        return super().with_torch_arguments(lr, betas, eps, weight_decay, amsgrad, **options)
 
 
 def _unset_learning_rate() -> float:

@@ -38,6 +38,7 @@ class State(keras.optimizers.Optimizer):
     _pending_state: list[checkpoint.Saved] | None
     _traced: bool
     _bucket_cache: dict[tuple[int, ...], list[Any]]
+    _checked_lists: set[tuple[int, ...]]
     _has_groups: bool
 
     def _init_groups(self, numeric, options, param_groups) -> None:
@@ -53,6 +54,7 @@ class State(keras.optimizers.Optimizer):
             _starts=[],
             _pending_state=None,
             _bucket_cache={},
+            _checked_lists=set(),  # of variables, by identity, that are known not to hold an unknown one
             _traced=False,  # whether a compiled step has been made, with today's options as its constants
         )
         if param_groups is not None and not isinstance(param_groups, list | tuple):
@@ -158,11 +160,19 @@ class State(keras.optimizers.Optimizer):
     def _build_more(self, new) -> None:
         pending = list(self._pending_groups)
         unselected = [v for v in new if not any(groups.selects(g.selector, v) for g in pending)]
-        if unselected:
+        if unselected and not pending:
             raise ValueError(self._unknown(unselected[0]))
+        self._pending_groups.clear()
         if pending:
-            self._create_state(new, groups.assign(pending, self._default_group, new))
-            self._pending_groups.clear()
+            try:
+                chosen = groups.assign(pending, self._default_group, new)
+            except ValueError:
+                # They can be added again, corrected.
+                self._groups[:] = [g for g in self._groups if all(g is not p for p in pending)]
+                raise
+            if unselected:
+                raise ValueError(self._unknown(unselected[0]))
+            self._create_state(new, chosen)
 
     def _create_state(self, variables, chosen: list[ParamGroup]) -> None:
         first = len(self._known)
@@ -287,8 +297,9 @@ class State(keras.optimizers.Optimizer):
                 start = self._start_of[i] if role == "momentum" else None
                 described[id(slot)] = (role, path_of(self._known[i]), start)
         other = ("other", "", None)
+        frozen = {path_of(v) for v in self._known if not v.trainable}
         return [
-            checkpoint.Entry(role, path, variable, start)
+            checkpoint.Entry(role, path, variable, start, path in frozen)
             for variable in self.variables
             for role, path, start in [described.get(id(variable), other)]
         ]
@@ -319,6 +330,8 @@ class State(keras.optimizers.Optimizer):
         pairs = checkpoint.match(saved, entries, self.name)
         marks = {id(e.variable): s.start for e, s in pairs if s.start}
         checkpoint.assign(pairs)
+        for group in self._groups:
+            group.renew_numbers()
         self._set_starts([starts.get(f"start_{marks.get(id(m))}", 0) for m in self._momentums])
 
     def _set_starts(self, joined: list[int]) -> None:

@@ -85,7 +85,7 @@ class PortableAdam(State):
             grads: List of gradients, one for each trainable variable, in the order of the last `build`.
             trainable_variables: List of tensors, one for each trainable variable, in the same order.
         """
-        if len(trainable_variables) != len(self._trainable_variables):
+        if self._known and len(trainable_variables) != len(self._trainable_variables):
             raise ValueError(
                 f"The optimizer was built for {len(self._trainable_variables)} variables. Received: "
                 f"{len(trainable_variables)} trainable variables. If layers were unfrozen since, call "
@@ -113,8 +113,10 @@ class PortableAdam(State):
         if not self._known or self._pending_groups:
             with keras.name_scope(self.name, caller=self):
                 self.build(variables)
-        if variables is not self._trainable_variables:
+        identities = tuple(map(id, variables))
+        if identities not in self._checked_lists:
             self._check_variables_are_known(variables)
+            self._checked_lists.add(identities)
         return variables
 
     def _unscale(self, gradient):
@@ -301,9 +303,13 @@ class PortableAdam(State):
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables) -> None:
         self._check_variables_are_known(trainable_variables)
+        started = functools.cache(self._has_started)
         for variable, average in self._averages_of(trainable_variables):
-            # A copy: on JAX the two would share one buffer, which the next train step may not donate twice.
-            variable.assign(ops.copy(value_of(average, variable.dtype)))
+            start = self._start_of[self._get_variable_index(variable)]
+            value = value_of(average, variable.dtype)
+            # Before the first update there is no average. Never the average itself: on JAX the two would share one
+            # buffer, which the next train step may not donate twice.
+            variable.assign(ops.where(started(start), value, value_of(variable)))
 
     def _averages_of(self, variables):
         """Pair variables with their averages; one that is overwritten with its gradient has none."""

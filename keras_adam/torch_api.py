@@ -7,8 +7,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adam import hyperparameters, layouts
+from keras_adam import hyperparameters
 from keras_adam.groups import ParamGroup, check_pair
+from keras_adam.layouts import Layouts
 from keras_adam.paths import path_of
 from keras_adam.state import State
 
@@ -32,7 +33,7 @@ class TorchVocabulary(State):
         lr=1e-3,
         betas=(0.9, 0.999),
         eps=1e-8,
-        weight_decay=0.0,
+        weight_decay=0,
         amsgrad=False,
         *,
         maximize=False,
@@ -40,17 +41,17 @@ class TorchVocabulary(State):
         param_groups=None,
         **keras_options,
     ):
-        """Return an optimizer that computes what `torch.optim.Adam` does with these arguments.
+        """Return an optimizer that computes what `torch.optim.Adam`, or `AdamW`, does with these arguments.
 
         Args:
             lr: Learning rate. Defaults to `1e-3`.
             betas: Pair of decay rates, of the first and the second moment. Defaults to `(0.9, 0.999)`.
             eps: Epsilon of Algorithm 1, added after the bias correction. Defaults to `1e-8`.
-            weight_decay: Strength of the weight decay. Defaults to `0.0`.
+            weight_decay: Strength of the weight decay. Defaults to `0`; of `AdamW`, to `0.01`.
             amsgrad: As in the constructor. Defaults to `False`.
             maximize: Whether to ascend. Defaults to `False`.
             decoupled_weight_decay: `False`: an L2 penalty, as `torch.optim.Adam`; `True`: as `torch.optim.AdamW`.
-                Defaults to `False`.
+                Defaults to `False`; of `AdamW`, to `True`.
             param_groups: As in the constructor. Defaults to `None`.
             **keras_options: Any other argument of the constructor, such as `clipnorm` or `use_ema`.
 
@@ -99,7 +100,7 @@ class TorchVocabulary(State):
             ImportError: If PyTorch is not installed and `as_numpy` is False.
         """
         packed = self._packed(variables)
-        convert_ = convert or (lambda variable, array: None)
+        layouts = Layouts(self._known, convert)
         wrap = np.array if as_numpy else _torch().from_numpy
         number, state = 0, {}
         dictionaries = []
@@ -116,7 +117,7 @@ class TorchVocabulary(State):
                 }
             )
             for index in members:
-                moments = self._torch_state(index, convert_)
+                moments = self._torch_state(index, layouts)
                 if moments is not None:
                     state[number] = {name: wrap(array) for name, array in moments.items()}
                 number += 1
@@ -147,21 +148,14 @@ class TorchVocabulary(State):
         """
         packed = self._packed(variables)
         parameters = _check_state_dict(state_dict, packed)
-        convert_ = convert or (lambda variable, array: None)
+        layouts = Layouts(self._known, convert)
         plan, steps = [], [0] * len(self._known)
         for number, index in parameters.items():
             moments = state_dict["state"].get(number)
             amsgrad = bool(self._group_of[index].options.amsgrad)
-            steps[index], arrays = layouts.read_moments(
-                self._known[index], moments, amsgrad, convert_
-            )
+            steps[index], arrays = layouts.read_moments(self._known[index], moments, amsgrad)
             plan.append((index, arrays))
-        changes = [
-            self._check_torch_group(i, group, saved)
-            for i, ((group, _), saved) in enumerate(
-                zip(packed, state_dict["param_groups"], strict=True)
-            )
-        ]
+        changes = [self._check_torch_group(i, packed, state_dict) for i in range(len(packed))]
         last = max(steps, default=0)
         joined = [last - step for step in steps]
         if self._traced and len(set(joined) - {0}) > len(self._starts):
@@ -215,7 +209,7 @@ class TorchVocabulary(State):
             )
         return indices
 
-    def _torch_state(self, index: int, convert) -> dict[str, np.ndarray] | None:
+    def _torch_state(self, index: int, layouts: Layouts) -> dict[str, np.ndarray] | None:
         if self._momentums[index] is None:
             return None
         start = self._start_of[index]
@@ -228,11 +222,12 @@ class TorchVocabulary(State):
             slot = self._slots(attribute)[index]
             if slot is not None:
                 array = ops.convert_to_numpy(slot)
-                moments[name] = layouts.to_torch(self._known[index], array, convert)
+                moments[name] = layouts.to_torch(self._known[index], array)
         return moments
 
-    def _check_torch_group(self, index: int, group: ParamGroup, saved: dict[str, Any]):
+    def _check_torch_group(self, index: int, packed, state_dict: dict[str, Any]):
         """Return the options of a saved group, and the numbers in which it differs from ours, all checked."""
+        group, saved = packed[index][0], state_dict["param_groups"][index]
         options = group.options
         for name in _OPTIONS:
             default = {"decoupled_weight_decay": options.decoupled_weight_decay}.get(name, False)
@@ -248,7 +243,9 @@ class TorchVocabulary(State):
             options = options._replace(**{name: value})
         given = dict(zip(("beta_1", "beta_2"), check_pair(saved["betas"]), strict=True))
         given |= {"epsilon": saved["eps"], "weight_decay": saved["weight_decay"]}
-        if not group.follows_schedule():
+        if not group.follows_schedule() and not self._will_follow(
+            group, saved["lr"], packed, state_dict
+        ):
             given["learning_rate"] = saved["lr"]
         numbers = {}
         for name, value in given.items():
@@ -258,6 +255,17 @@ class TorchVocabulary(State):
                     group.check_settable(name, value)
                 numbers[name] = value
         return options, numbers
+
+    def _will_follow(self, group: ParamGroup, rate, packed, state_dict) -> bool:
+        """Whether a group that follows the optimizer's rate will have `rate` once that is loaded, and goes on so."""
+        if group is self._default_group or group.own("learning_rate") is not None:
+            return False
+        base = self.learning_rate_number()
+        for (other, _), saved in zip(packed, state_dict["param_groups"], strict=True):
+            if other is self._default_group:
+                base = float(saved["lr"])
+        followed = base * group.own("learning_rate_multiplier")
+        return bool(np.isclose(followed, float(rate), rtol=1e-6, atol=0))
 
     # Steps
 

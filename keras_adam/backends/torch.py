@@ -155,14 +155,23 @@ class Backend:
 
     def _differentiate(self, loss_fn, variables):
         values = [v.value for v in variables]
-        before = [_grad_state(v) for v in values]
+        before = [v.grad for v in values]  # held, so that no new one can be mistaken for an old one
         with torch.enable_grad():
             loss = loss_fn()
-            if before != [_grad_state(v) for v in values]:
-                # A closure in PyTorch's way, which has called `loss.backward()` itself.
-                return loss.detach(), [v.grad for v in values]
-            grads = torch.autograd.grad(self.scale_loss(loss), values, allow_unused=True)
-        return loss.detach(), list(grads)
+            # A closure in PyTorch's way may have called `loss.backward()` itself.
+            done = any(
+                v.grad is not None and v.grad is not old
+                for v, old in zip(values, before, strict=True)
+            )
+            if not done:
+                try:
+                    scaled = self.scale_loss(loss)
+                    grads = torch.autograd.grad(scaled, values, allow_unused=True)
+                except RuntimeError as error:
+                    if "a second time" not in str(error):
+                        raise
+                    done = True
+        return loss.detach(), [v.grad for v in values] if done else list(grads)
 
     def _stored_gradients(self):
         return [v.value.grad for v in self._trainable_variables]
@@ -197,7 +206,3 @@ class _Tensors:
             x.dtype is self.dtype and x.device == self.device and x.is_contiguous()
             for x in everything
         )
-
-
-def _grad_state(value):
-    return id(value.grad), None if value.grad is None else value.grad._version
