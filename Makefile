@@ -5,6 +5,9 @@
 PYTHON ?= python3
 KERAS_BACKEND ?= jax
 PYTEST_ARGS ?=
+# Two test processes with one thread each: two threads in each of two processes wait for each other.
+TEST_JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 BACKENDS := jax tensorflow torch
 STAMPS := .venv/.stamps
@@ -40,7 +43,7 @@ test: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests under each back
 	@trap 'exit 130' INT; failed=; \
 	for backend in $(BACKENDS); do \
 	  echo "== KERAS_BACKEND=$$backend"; \
-	  KERAS_BACKEND=$$backend $(PY) -m pytest $(PYTEST_ARGS) || failed="$$failed $$backend"; \
+	  KERAS_BACKEND=$$backend $(PYTEST) || failed="$$failed $$backend"; \
 	done; \
 	for backend in $(BACKENDS); do \
 	  case " $$failed " in *" $$backend "*) echo "$$backend: FAILED";; *) echo "$$backend: ok";; esac; \
@@ -50,7 +53,7 @@ test: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests under each back
 # All three backends are installed here too: a test may save under one and load under another, or
 # compare with a framework's own optimizer.
 $(BACKENDS:%=test-%): test-%: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test
-	KERAS_BACKEND=$* $(PY) -m pytest $(PYTEST_ARGS)
+	KERAS_BACKEND=$* $(PYTEST)
 
 lint: $(STAMPS)/lint  ## check format, style and types
 	$(PY) -m ruff format --check .

@@ -100,10 +100,10 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
     files = {(s.role, aligned.get(s.path, s.path)): s for s in saved}
     if len(files) < len(saved):
         return None
-    rate = (
-        "learning_rate",
-        "",
-    )  # a number that became a schedule, or the reverse, loses no moments
+    # What was frozen when it was saved is not among the variables that a loaded model is built for.
+    files = {name: s for name, s in files.items() if name in ours or not s.frozen}
+    # A learning rate that was a number and is a schedule now, or the reverse, loses no moments.
+    rate = ("learning_rate", "")
     for name in [*(e[:2] for e in entries), *files]:
         if name != rate and name not in files:
             raise ValueError(
