@@ -136,9 +136,9 @@ class ParamGroup(Mapping):
         # The decimal that `1 - 0.001` is meant to be: 0.999, not 0.9990000000000000213.
         return round(1 - number, 12) if name in _STORED_AS_COMPLEMENT else number
 
-    def given(self) -> list[Any]:
-        """Return the numeric hyperparameters as they were given, schedules and callables too."""
-        return list(self._numeric.values())
+    def given(self, name: str) -> Any:
+        """Return a numeric hyperparameter as it was last given, without a look at what is stored."""
+        return self._numeric[name]
 
     def number(self, name: str) -> float:
         """Return what a numeric hyperparameter is worth at the optimizer's present iteration."""

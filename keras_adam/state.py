@@ -329,20 +329,33 @@ class State(keras.optimizers.Optimizer):
             entries = [e for e in entries if not e.role.startswith("hyperparameters")]
         pairs = checkpoint.match(saved, entries, self.name)
         marks = {id(e.variable): s.start for e, s in pairs if s.start}
+        joined = [starts.get(f"start_{marks.get(id(m))}", 0) for m in self._momentums]
+        if self._traced and self._starts_for(joined)[1] != self._start_of:
+            raise ValueError(
+                f"Optimizer '{self.name}': in the saved state other variables joined late than in the train step that "
+                "was compiled. Load it before the first step, or into a model compiled anew with a new optimizer. "
+                "Nothing was loaded."
+            )
         checkpoint.assign(pairs)
         for group in self._groups:
             group.renew_numbers()
-        self._set_starts([starts.get(f"start_{marks.get(id(m))}", 0) for m in self._momentums])
+        self._set_starts(joined)
 
     def _set_starts(self, joined: list[int]) -> None:
         """Let each variable have joined at the update given, 0 being the beginning."""
-        values = sorted(set(joined) - {0})
+        values, start_of = self._starts_for(joined)
         while len(self._starts) < len(values):
             self._add_start(0)
         for start, value in zip(self._starts, values, strict=False):
             start.assign(value)
-        self._start_of[:] = [values.index(j) if j else None for j in joined]
+        self._start_of[:] = start_of
         self._bucket_cache.clear()
+
+    @staticmethod
+    def _starts_for(joined: list[int]) -> tuple[list[int], list[int | None]]:
+        """Return the updates at which some joined late, and which of them is each variable's."""
+        values = sorted(set(joined) - {0})
+        return values, [values.index(j) if j else None for j in joined]
 
     def set_weights(self, weights) -> None:
         """Set all state variables, in the order of `self.variables`, from arrays or variables.

@@ -8,6 +8,8 @@ import keras
 from jax.experimental import sparse
 from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_adam.groups import NUMERIC
+
 _MOST_COMPILED = 16  # lists of variables for which an eager step is kept compiled
 _CONSTANTS = (
     "clipnorm",
@@ -68,7 +70,10 @@ class Backend:
 
     def _may_compile(self, grads) -> bool:
         tracing = self._is_compiling() or any(isinstance(g, jax.core.Tracer) for g in grads)
-        hyperparameters = [self._learning_rate, *(x for g in self._groups for x in g.given())]
+        hyperparameters = [
+            self._learning_rate,
+            *(g.given(name) for g in self._groups for name in NUMERIC),
+        ]
         asked = any(
             callable(x) and not isinstance(x, LearningRateSchedule) for x in hyperparameters
         )
@@ -139,7 +144,7 @@ class _RecordingScope(keras.StatelessScope):
     """A stateless scope that knows which variables were assigned in it."""
 
     def __init__(self, state_mapping):
-        super().__init__(state_mapping)
+        super().__init__(state_mapping, collect_losses=True)  # those that layers add
         self.assigned = []
 
     def add_update(self, update):

@@ -4,9 +4,10 @@ import functools
 from collections.abc import Callable
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from keras_adam import rule
+from keras_adam import hyperparameters, rule
 
 
 class Backend:
@@ -100,7 +101,20 @@ def _component(variable):
 def _has_kernel(bucket) -> bool:
     # AMSGrad's kernel is not used: XLA, which `fit` uses by default, does not know it.
     same = all(m.m.dtype == m.v.dtype == bucket.dtype for m in bucket.moments)
-    return same and bucket.dtype in ("float32", "float64") and not bucket.group.options.amsgrad
+    return (
+        same
+        and bucket.dtype in ("float32", "float64")
+        and not bucket.group.options.amsgrad
+        and all(_is_representable(bucket.group.given(beta)) for beta in ("beta_1", "beta_2"))
+    )
+
+
+def _is_representable(beta) -> bool:
+    """Whether the kernel, which takes beta in float32, is left with `1 - beta` to four digits."""
+    if hyperparameters.is_dynamic(beta):
+        return False
+    rate = rule.complement(beta)
+    return abs(rule.complement(float(np.float32(beta))) - rate) <= 1e-4 * rate
 
 
 def _kernel_step(bucket, grads, scalars) -> None:
