@@ -38,7 +38,9 @@ class Layouts:
                 f"'{path_of(variable)}' has shape {shape}, which PyTorch's array of shape {array.shape} does not "
                 "fit. Give the right order in `variables`, or the conversion in `convert`"
             )
-        return np.asarray(converted)
+        return np.array(
+            converted
+        )  # a copy: JAX may take over an array's memory, and its owner may write to it
 
     def to_torch(self, variable, array: np.ndarray) -> np.ndarray:
         """Return an array of the variable's layout in PyTorch's, in memory of its own."""

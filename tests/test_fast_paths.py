@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from tolerances import TOLERANCES
 
 import keras_adam
+from tolerances import TOLERANCES
 
 SHAPES = [(7, 5), (5,), (), (0, 3), (2, 3, 4)]
 STEPS = 12

@@ -41,7 +41,12 @@ HOOKS = {
     "stateless_apply": ["self", "optimizer_variables", "grads", "trainable_variables"],
     "update_step": ["self", "gradient", "variable", "learning_rate"],
 }
-ATTRIBUTES = ["_iterations", "_learning_rate", "_trainable_variables", "_trainable_variables_indices"]
+ATTRIBUTES = [
+    "_iterations",
+    "_learning_rate",
+    "_trainable_variables",
+    "_trainable_variables_indices",
+]
 
 
 @pytest.mark.parametrize("hook", HOOKS)

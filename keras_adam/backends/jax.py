@@ -85,6 +85,8 @@ class Backend:
         rate = self._learning_rate
         return (
             None if isinstance(rate, keras.Variable) else rate,
+            tuple(map(id, self._trainable_variables)),
+            tuple(self._start_of),
             *((g.options, g.stored is None and g.changes) for g in self._groups),
             *(getattr(self, name) for name in _CONSTANTS),
         )
