@@ -96,9 +96,9 @@ class PortableAdam(State):
             if not variable.trainable:
                 raise ValueError(
                     f"'{path_of(variable)}' is not trainable any more, so that it cannot be told which variables the "
-                    "values are of. Call `optimizer.build(model.trainable_variables)` after layers were frozen, and before "
-                    "it `optimizer.add_param_group({'params': layer_or_variables})` for those that were unfrozen; "
-                    "the state stays"
+                    "values are of. Call `optimizer.build(model.trainable_variables)` after layers were frozen, and "
+                    "before it `optimizer.add_param_group({'params': layer_or_variables})` for those unfrozen; the "
+                    "state stays"
                 )
         self.built = self.built or bool(self._known)
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)

@@ -179,12 +179,15 @@ def test_constraint_acts_before_the_average(accumulation, problem):
     options = {
         "use_ema": True,
         "ema_momentum": 0.8,
-        "ema_overwrite_frequency": 7,
+        "ema_overwrite_frequency": 5,
         "gradient_accumulation_steps": accumulation,
+        "learning_rate": 1e-2,
     }
-    bounds = [keras.constraints.NonNeg(), None, None, keras.constraints.NonNeg()]
+    # An average of unit vectors is shorter than one, so a constraint after it would show; the more
+    # so the larger the steps are.
+    bounds = [keras.constraints.UnitNorm(axis=0), keras.constraints.NonNeg(), None, None]
     actual = run(keras_adam.Adam(**options), *problem, constraints=bounds)
-    bounds = [lambda p: np.maximum(p, 0), None, None, None]
+    bounds = [lambda p: p / np.linalg.norm(p, axis=0), lambda p: np.maximum(p, 0), None, None]
     desired = run_reference(*problem, constraints=bounds, **options)
     assert_same_trajectory(actual, desired, FLOAT32)
 

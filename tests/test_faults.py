@@ -1,0 +1,389 @@
+"""Faults of the Adam and the optimizer base of Keras 3.15.1 that ours does not share.
+
+Each test runs against ours, and where Keras's own Adam has the fault, also against that, which is
+expected to fail: when a release of Keras mends a fault, its test says so.
+"""
+
+import copy
+
+import keras
+import numpy as np
+import pytest
+
+import keras_adam
+import reference
+from models import Expected, assert_close, fit, make_model, weights
+from steps import BACKEND, eager_step, slots, value_of
+from tolerances import TOLERANCES
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+EVERYWHERE = ("jax", "tensorflow", "torch")
+
+
+def fault(*backends, raises=AssertionError):
+    """Parametrize a test over the class; `backends` are those where Keras's Adam fails it."""
+    classes = [pytest.param(keras_adam.Adam, id="ours")]
+    if BACKEND in backends:
+        fails = pytest.mark.xfail(strict=True, raises=raises, reason="a fault of Keras 3.15.1")
+        classes.append(pytest.param(keras.optimizers.Adam, id="keras", marks=fails))
+    return pytest.mark.parametrize("cls", classes)
+
+
+def only(backend):
+    return pytest.mark.skipif(BACKEND != backend, reason=f"concerns {backend} alone")
+
+
+def train(optimizer, start, gradients, dtype="float32"):
+    variable = keras.Variable(start, dtype=dtype, name="weight")
+    step = eager_step(optimizer, [variable])
+    for gradient in gradients:
+        step(gradient)
+    return value_of(variable)
+
+
+def train_reference(start, gradients, **options):
+    oracle = reference.Adam([start], **options)
+    for gradient in gradients:
+        oracle.step([gradient])
+    return oracle.parameters[0]
+
+
+# Half precision
+
+
+@fault(*EVERYWHERE)
+def test_bfloat16_trains(cls):
+    """0.999 is 1 there, and the bias correction 1 - 0.999**t is 0."""
+    got = train(cls(0.02), [1.0, -1.0], [[1.0, 1.0]] * 10, "bfloat16")
+    np.testing.assert_allclose(got, [0.8, -1.2], **TOLERANCES["bfloat16"])
+
+
+@fault("torch")
+def test_half_precision_first_leaves_the_rest_alone(cls):
+    half = keras.Variable([1.0], dtype="bfloat16", name="half")
+    full = keras.Variable([1.0], dtype="float32", name="full")
+    step = eager_step(cls(0.01), [half, full])
+    step([1.0], [1.0])
+    np.testing.assert_allclose(value_of(full), [0.99], **CLOSE)
+
+
+@fault(*EVERYWHERE)
+def test_zero_gradient_in_float16(cls):
+    """An epsilon of 1e-8 is 0 there, and 0 / 0 is not a number."""
+    got = train(cls(0.01, epsilon=1e-8), [1.0], [[0.0]], "float16")
+    np.testing.assert_array_equal(got, [1.0])
+
+
+@fault(*EVERYWHERE)
+def test_small_gradient_in_float16(cls):
+    got = train(cls(0.01), [1.0], [[1e-4]] * 3, "float16")
+    np.testing.assert_allclose(got, [0.97], **TOLERANCES["float16"])
+
+
+@fault(*EVERYWHERE)
+def test_decay_and_step_are_rounded_together(cls):
+    """Each is below half of the spacing of float16 below 1, their sum is not."""
+    got = train(cls(2e-4, weight_decay=1.0), [1.0], [[1.0]], "float16")
+    np.testing.assert_array_equal(got, [1 - 2.0**-11])
+
+
+@fault(*EVERYWHERE)
+def test_global_norm_in_float16(cls):
+    """The square of 300 is infinite there."""
+    got = train(cls(0.5, global_clipnorm=1.0), [1.0, 1.0], [[300.0, -300.0]], "float16")
+    np.testing.assert_allclose(got, [0.5, 1.5], **TOLERANCES["float16"])
+
+
+# Sparse gradients, loss scale, variables that are overwritten
+
+
+def slices(values, rows, count):
+    import tensorflow as tf
+
+    return tf.IndexedSlices(tf.constant(values, "float32"), rows, (count, 1))
+
+
+@only("tensorflow")
+@fault("tensorflow")
+def test_row_twice_in_a_sparse_gradient(cls):
+    """Its two gradients are to be added up before the square is taken."""
+    optimizer, table = cls(), keras.Variable(np.ones((3, 1)), name="table")
+    optimizer.apply([slices([[1.0], [1.0]], [2, 2], 3)], [table])
+    velocity = value_of(slots(optimizer, "velocity")[0])
+    # Not 0.002; to the digits that 1 - 0.999 has in float32.
+    np.testing.assert_allclose(velocity, [[0.0], [0.0], [0.004]], rtol=1e-4)
+
+
+@only("tensorflow")
+@fault("tensorflow", raises=TypeError)
+def test_loss_scale_and_sparse_gradient(cls):
+    optimizer, table = cls(0.1, loss_scale_factor=4.0), keras.Variable(np.ones((2, 1)))
+    optimizer.apply([slices([[1.0]], [1], 2)], [table])
+    np.testing.assert_allclose(value_of(table), [[1.0], [0.9]], **CLOSE)
+
+
+@fault("jax", "tensorflow", raises=(AttributeError, TypeError, ValueError))
+def test_average_and_a_variable_that_is_overwritten(cls):
+    """As float8 training overwrites its scales with what it calls their gradients."""
+    weight, scale = keras.Variable([1.0], name="weight"), keras.Variable([1.0], name="scale")
+    scale.overwrite_with_gradient = True
+    optimizer = cls(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)
+    step = eager_step(optimizer, [weight, scale])
+    step([1.0], [7.0])
+    step([1.0], [8.0])
+    optimizer.finalize_variable_values([weight, scale])
+    np.testing.assert_allclose(value_of(weight), [0.85], **CLOSE)
+    np.testing.assert_array_equal(value_of(scale), [8.0])
+
+
+# Gradient accumulation
+
+
+@fault(*EVERYWHERE)
+def test_average_under_accumulation(cls):
+    """It is of the values after each update, not after each micro-step."""
+    options = {"learning_rate": 0.1, "use_ema": True, "ema_momentum": 0.5}
+    options["gradient_accumulation_steps"] = 2
+    variable, optimizer = keras.Variable([1.0]), cls(**options)
+    step, oracle = eager_step(optimizer, [variable]), reference.Adam([[1.0]], **options)
+    for gradient in (1.0, 2.0, -1.0, 5.0, 3.0, 3.0):
+        step([gradient])
+        oracle.step([[gradient]])
+    np.testing.assert_allclose(value_of(slots(optimizer, "average")[0]), oracle.average[0], **CLOSE)
+
+
+@fault("torch")
+def test_accumulator_forgets_nan(cls):
+    """Times zero, it would stay."""
+    optimizer = cls(gradient_accumulation_steps=2)
+    train(optimizer, [1.0], [[np.nan], [1.0]])
+    np.testing.assert_array_equal(value_of(slots(optimizer, "gradient_accumulator")[0]), [0.0])
+
+
+def operations(jaxpr):
+    """Names of the operations on arrays that run in any case, in no branch and no loop."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in ("cond", "while", "scan"):
+            continue
+        for inner in equation.params.values():
+            if hasattr(inner, "jaxpr"):
+                yield from operations(inner.jaxpr)
+        if any(getattr(v.aval, "shape", ()) for v in equation.outvars):
+            yield name
+
+
+@only("jax")
+@fault("jax")
+def test_micro_step_does_no_work_of_an_update(cls):
+    import jax
+
+    variable, optimizer = keras.Variable([1.0, 2.0]), cls(gradient_accumulation_steps=4)
+    optimizer.build([variable])
+    state = [v.value for v in optimizer.variables]
+    jaxpr = jax.make_jaxpr(optimizer.stateless_apply)(state, [variable.value], [variable.value])
+    assert "sqrt" not in set(operations(jaxpr.jaxpr))
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
+@fault("tensorflow", "torch")
+def test_no_gradient_when_an_update_is_due(cls):
+    """What the earlier micro-steps brought is applied all the same."""
+    a, b = keras.Variable([1.0], name="a"), keras.Variable([1.0], name="b")
+    step = eager_step(cls(0.1, gradient_accumulation_steps=2), [a, b])
+    step([1.0], [1.0])
+    step([1.0], None)
+    np.testing.assert_allclose(value_of(b), [0.9], **CLOSE)
+
+
+@fault(*EVERYWHERE)
+def test_constraint_waits_for_an_update(cls):
+    variable = keras.Variable([-1.0])
+    variable.constraint = keras.constraints.NonNeg()
+    step = eager_step(cls(0.1, gradient_accumulation_steps=2), [variable])
+    step([1.0])
+    np.testing.assert_array_equal(value_of(variable), [-1.0])
+
+
+@fault(*EVERYWHERE)
+def test_average_is_of_constrained_values(cls):
+    variable, optimizer = keras.Variable([-1.0]), cls(0.1, use_ema=True)
+    variable.constraint = keras.constraints.NonNeg()
+    eager_step(optimizer, [variable])([1.0])
+    np.testing.assert_array_equal(value_of(slots(optimizer, "average")[0]), [0.0])
+
+
+# Hyperparameters
+
+
+@fault(*EVERYWHERE, raises=(TypeError, ValueError))
+def test_callable_betas(cls):
+    """Keras documents them."""
+    optimizer = cls(0.1, beta_1=lambda: 0.8, beta_2=lambda: 0.9)
+    expected = train_reference([1.0], [[1.0], [-2.0]], learning_rate=0.1, beta_1=0.8, beta_2=0.9)
+    np.testing.assert_allclose(train(optimizer, [1.0], [[1.0], [-2.0]]), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("rate", [1, np.float32(0.5)], ids=["int", "NumPy"])
+@fault(*EVERYWHERE, raises=ValueError)
+def test_kind_of_learning_rate(cls, rate):
+    expected = train_reference([1.0], [[1.0]], learning_rate=float(rate))
+    np.testing.assert_allclose(train(cls(rate), [1.0], [[1.0]]), expected, **CLOSE)
+
+
+@fault(*EVERYWHERE, raises=AttributeError)
+def test_setting_a_learning_rate_over_a_callable(cls):
+    optimizer = cls(lambda: 0.1)
+    optimizer.learning_rate = 0.5
+    expected = train_reference([1.0], [[1.0]], learning_rate=0.5)
+    np.testing.assert_allclose(train(optimizer, [1.0], [[1.0]]), expected, **CLOSE)
+
+
+@fault("jax", "tensorflow")
+def test_callable_learning_rate_is_not_frozen(cls):
+    """Each step of `fit` asks for it; where `fit` is compiled, it is refused."""
+    rates = iter([0.1, 0.001, 0.02, 0.01] * 2)  # some are left for what asks ahead
+    model = make_model(cls(lambda: next(rates)))
+    if cls is keras_adam.Adam and BACKEND != "torch":
+        with pytest.raises(ValueError, match="callable"):
+            fit(model)
+        return
+    fit(model)
+    expected = Expected({"learning_rate": lambda step: [0.1, 0.001, 0.02, 0.01][step]})
+    assert_close(weights(model), expected.fit().weights)
+
+
+# State
+
+
+@pytest.fixture
+def weights_file(tmp_path):
+    """Of a model that Adam trained for an epoch."""
+
+    def save(optimizer):
+        model = make_model(optimizer)
+        fit(model)
+        model.save_weights(tmp_path / "model.weights.h5")
+        return tmp_path / "model.weights.h5"
+
+    return save
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
+@fault(*EVERYWHERE, raises=pytest.fail.Exception)
+def test_state_of_another_size(cls, weights_file):
+    """Going on from step 0 with trained weights is not what was asked for."""
+    path = weights_file(cls(amsgrad=True))
+    model = make_model(cls())
+    model.optimizer.build(model.trainable_variables)
+    with pytest.raises(ValueError, match="state"):
+        model.load_weights(path)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
+@fault(*EVERYWHERE)
+def test_state_loaded_before_build(cls, weights_file):
+    path = weights_file(cls())
+    model = make_model(cls())
+    model.load_weights(path)
+    fit(model)
+    assert int(model.optimizer.iterations) == 8
+    assert_close(weights(model), Expected({}).fit(2).weights)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")
+@fault(*EVERYWHERE)
+def test_number_and_schedule(cls, weights_file):
+    path = weights_file(cls(0.02))
+    model = make_model(cls(keras.optimizers.schedules.ExponentialDecay(0.02, 4, 0.5)))
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(path)
+    assert int(model.optimizer.iterations) == 4
+
+
+@fault(*EVERYWHERE, raises=pytest.fail.Exception)
+def test_short_list_of_weights(cls):
+    optimizer = cls()
+    optimizer.build([keras.Variable([1.0])])
+    with pytest.raises(ValueError, match="3"):
+        optimizer.set_weights([v.numpy() for v in optimizer.variables][:3])
+
+
+# Weight decay
+
+
+def decayed(optimizer, variables):
+    """Which of the variables does weight decay act on?"""
+    before = [value_of(v) for v in variables]
+    eager_step(optimizer, variables)(*[np.zeros_like(b) for b in before])
+    return [v.name for v, b in zip(variables, before, strict=True) if (value_of(v) != b).any()]
+
+
+@fault("torch", raises=RuntimeError)
+def test_every_variable_excluded(cls):
+    optimizer = cls(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["weight"])
+    assert decayed(optimizer, [keras.Variable([1.0], name="weight")]) == []
+
+
+@fault(*EVERYWHERE, raises=pytest.fail.Exception)
+def test_exclusion_after_build(cls):
+    optimizer = cls(0.1, weight_decay=0.5)
+    optimizer.build([keras.Variable([1.0])])
+    with pytest.raises(ValueError, match="before the optimizer is built"):
+        optimizer.exclude_from_weight_decay(var_names=["weight"])
+
+
+def two_variables():
+    return [keras.Variable([1.0], name=name) for name in ("kernel", "bias")]
+
+
+@fault(*EVERYWHERE)
+def test_second_exclusion_adds_to_the_first(cls):
+    optimizer = cls(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["kernel"])
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    assert decayed(optimizer, two_variables()) == []
+
+
+@fault(*EVERYWHERE)
+def test_exclusions_in_the_config(cls):
+    optimizer = cls(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    optimizer = cls.from_config(optimizer.get_config())
+    assert decayed(optimizer, two_variables()) == ["kernel"]
+
+
+@fault(*EVERYWHERE)
+def test_pattern_means_the_same_everywhere(cls):
+    """Its name and its path, on each backend, without TensorFlow's ":0"."""
+    for pattern in ("^bias$", "^dense/bias$"):
+        with keras.name_scope("dense"):
+            variables = two_variables()
+        optimizer = cls(0.1, weight_decay=0.5)
+        optimizer.exclude_from_weight_decay(var_names=[pattern])
+        assert decayed(optimizer, variables) == ["kernel"]
+
+
+# Configuration and calls
+
+
+@fault(*EVERYWHERE)
+def test_from_config_leaves_its_argument_alone(cls):
+    config = cls(keras.optimizers.schedules.CosineDecay(0.1, 10)).get_config()
+    before = copy.deepcopy(config)
+    cls.from_config(config)
+    assert config == before
+
+
+@fault(*EVERYWHERE)
+def test_learning_rate_in_the_config(cls):
+    assert cls(0.001).get_config()["learning_rate"] == 0.001
+
+
+@fault(*EVERYWHERE, raises=ValueError)
+def test_no_pairs(cls):
+    optimizer = cls()
+    optimizer.apply_gradients([])
+    optimizer.apply([], [])
+    assert int(optimizer.iterations) == 0

@@ -1,0 +1,197 @@
+"""Models that are saved, loaded and trained on, within a backend and between backends."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_adam
+from models import Expected, assert_close, fit, make_model, weights
+from resume import FROM_KERAS, OPTIMIZERS, SCHEDULE, resume, state_of
+
+HERE = pathlib.Path(__file__).parent
+BACKEND = keras.backend.backend()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a model, trained for an epoch, of each optimizer, and the optimizer's state."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name, (make_optimizer, _) in (OPTIMIZERS | FROM_KERAS).items():
+        model = make_model(make_optimizer())
+        fit(model)
+        model.save(folder / f"{name}.keras")
+        np.savez(folder / f"{name}.npz", *state_of(model.optimizer))
+    return folder
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS | FROM_KERAS)
+def test_goes_on(saved, name):
+    resume(saved / f"{name}.keras")
+
+
+@pytest.mark.parametrize("other", sorted({"jax", "tensorflow", "torch"} - {BACKEND}))
+def test_goes_on_under_another_backend(saved, other):
+    environment = {**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, HERE / "resume.py", saved],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1::2] == sorted(OPTIMIZERS | FROM_KERAS)
+
+
+def test_goes_on_in_keras(saved):
+    model = make_model(keras.optimizers.Adam())
+    model.optimizer.build(model.trainable_variables)  # Keras drops the state of an unbuilt one.
+    model.load_weights(saved / "default.keras")
+    assert int(model.optimizer.iterations) == 4
+    fit(model)
+    assert_close(weights(model), Expected({}).fit().fit().weights)
+
+
+def test_state_loaded_before_build_is_kept(saved):
+    model = make_model(keras_adam.Adam())
+    assert not model.optimizer.built
+    model.load_weights(saved / "default.keras")
+    fit(model)
+    assert int(model.optimizer.iterations) == 8
+    assert_close(weights(model), Expected({}).fit().fit().weights)
+
+
+@pytest.mark.parametrize("name", ["model", "other"])
+def test_weights_file(saved, tmp_path, name):
+    """State is matched in order where the model has another name, hence its variables' paths."""
+    model = keras.saving.load_model(saved / "default.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    model = make_model(keras_adam.Adam(), name)
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "model.weights.h5")
+    fit(model)
+    assert_close(weights(model), Expected({}).fit().fit().weights)
+
+
+def kernel_alone(optimizer):
+    model = make_model(optimizer)
+    model.layers[0].bias.trainable = False
+    return model
+
+
+MISFITS = {
+    "fewer variables": (
+        lambda: kernel_alone(keras_adam.Adam()),
+        lambda: make_model(keras_adam.Adam()),
+        "lacks .* of '.*bias'",
+    ),
+    "more variables": (
+        lambda: make_model(keras_adam.Adam()),
+        lambda: kernel_alone(keras_adam.Adam()),
+        "holds .* of '.*bias'",
+    ),
+    "average for maximum": (
+        lambda: make_model(keras_adam.Adam(use_ema=True)),
+        lambda: make_model(keras_adam.Adam(amsgrad=True)),
+        "average|velocity_hat",
+    ),
+    "maximum for average": (
+        lambda: make_model(keras_adam.Adam(amsgrad=True)),
+        lambda: make_model(keras_adam.Adam(use_ema=True)),
+        "average|velocity_hat",
+    ),
+    "fewer of Keras's": (
+        lambda: kernel_alone(keras.optimizers.Adam()),
+        lambda: make_model(keras_adam.Adam()),
+        "6 .* 4 ",
+    ),
+    "average for maximum, of Keras's": (
+        lambda: make_model(keras.optimizers.Adam(use_ema=True)),
+        lambda: make_model(keras_adam.Adam(amsgrad=True)),
+        r"shape \(4, 2\).* shape \(2,\)|shape \(2,\).* shape \(4, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
+@pytest.mark.parametrize("case", MISFITS)
+def test_state_that_does_not_fit(case, built, tmp_path):
+    """Neither is anything assigned, nor does training start without the state."""
+    make_saved, make_loaded, message = MISFITS[case]
+    model = make_saved()
+    fit(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    model = make_loaded()
+
+    def build():
+        model.optimizer.build(model.trainable_variables)
+
+    if built:
+        build()
+        with pytest.raises(ValueError, match=message):
+            model.load_weights(tmp_path / "model.weights.h5")
+    else:
+        model.load_weights(tmp_path / "model.weights.h5")
+        with pytest.raises(ValueError, match=message):
+            build()
+    assert int(model.optimizer.iterations) == 0
+    for variable, value in zip(model.optimizer.variables, state_of(model.optimizer), strict=True):
+        if variable is not model.optimizer.learning_rate:
+            assert not value.any(), variable.path
+
+
+def test_array_of_another_shape():
+    optimizer = keras_adam.Adam()
+    optimizer.build([keras.Variable([1.0, 2.0], name="weight")])
+    store = {str(i): value + 1 for i, value in enumerate(state_of(optimizer))}
+    store["3"] = np.ones(3)
+    with pytest.raises(ValueError, match=r"velocity of 'weight' has shape \(2,\).*\(3,\)"):
+        optimizer.load_own_variables(store)
+    assert [float(v.sum()) for v in state_of(optimizer)] == pytest.approx([0, 0.001, 0, 0])
+
+
+def schedule():
+    return keras.optimizers.schedules.ExponentialDecay(**SCHEDULE)
+
+
+@pytest.mark.parametrize("cls", [keras_adam.Adam, keras.optimizers.Adam], ids=["ours", "keras"])
+@pytest.mark.parametrize("to_schedule", [True, False], ids=["to schedule", "to number"])
+def test_number_and_schedule(cls, to_schedule, tmp_path):
+    """The kind of learning rate may change in the middle of a training; the moments are kept."""
+    before, after = (cls(0.02), keras_adam.Adam(schedule()))
+    rates = (lambda step: 0.02, lambda step: 0.02 * 0.5 ** (step / 4))
+    if not to_schedule:
+        before, after = cls(schedule()), keras_adam.Adam(0.02)
+        rates = rates[::-1]
+    model = make_model(before)
+    fit(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    model = make_model(after)
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "model.weights.h5")
+    fit(model)
+    expected = Expected({"learning_rate": lambda step: rates[step >= 4](step)})
+    assert_close(weights(model), expected.fit(2).weights)
+
+
+@pytest.mark.parametrize(
+    "exclude",
+    [
+        lambda optimizer, model: optimizer.exclude_from_weight_decay(var_names=["bias"]),
+        lambda optimizer, model: optimizer.exclude_from_weight_decay([model.layers[0].bias]),
+    ],
+    ids=["by name", "by variable"],
+)
+def test_exclusions_from_decay_survive(exclude, tmp_path):
+    decayed = {"learning_rate": 0.02, "weight_decay": 0.5}
+    model = make_model(keras_adam.Adam(**decayed))
+    exclude(model.optimizer, model)
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    fit(model)
+    assert_close(weights(model), Expected(decayed, {"learning_rate": 0.02}).fit(2).weights)
