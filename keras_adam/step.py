@@ -100,8 +100,14 @@ class PortableAdam(State):
                     "before it `optimizer.add_param_group({'params': layer_or_variables})` for those unfrozen; the "
                     "state stays"
                 )
-        self.built = self.built or bool(self._known)
-        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        built = self.built
+        self.built = built or bool(self._known)
+        try:
+            return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        finally:
+            self.built = (
+                built  # a group added since must still be met by the next `fit`, which builds
+            )
 
     def _variables_for(self, grads, trainable_variables):
         if trainable_variables is None:

@@ -87,6 +87,7 @@ class Backend:
             None if isinstance(rate, keras.Variable) else rate,
             tuple(map(id, self._trainable_variables)),
             tuple(self._start_of),
+            tuple(v.constraint for v in self._known),
             *((g.options, g.stored is None and g.changes) for g in self._groups),
             *(getattr(self, name) for name in _CONSTANTS),
         )
