@@ -68,9 +68,10 @@ class ParamGroup(Mapping):
     def __setitem__(self, name: str, value: Any) -> None:
         name = _PYTORCH_NAMES.get(name, name)
         if name == "betas":
-            for beta, number in zip(("beta_1", "beta_2"), check_pair(value), strict=True):
+            pair = dict(zip(("beta_1", "beta_2"), check_pair(value), strict=True))
+            for beta, number in pair.items():  # both, before either is set
                 _check(beta, number)
-            self["beta_1"], self["beta_2"] = value
+            self.update(pair)
             return
         if name not in NUMERIC:
             raise ValueError(
@@ -277,15 +278,12 @@ def parse(optimizer, index: int, spec: Mapping[str, Any], default: ParamGroup) -
     spec = dict(spec)
     selected = spec.pop("selected", None)  # from `get_config`
     given = {_PYTORCH_NAMES.get(name, name): value for name, value in spec.items()}
-    if len(given) != len(spec):
+    betas_twice = "betas" in given and not {"beta_1", "beta_2"}.isdisjoint(given)
+    if len(given) != len(spec) or betas_twice:
         raise ValueError(
             f"`param_groups[{index}]` gives an option under two names. Received: {spec!r}"
         )
     if "betas" in given:
-        if not {"beta_1", "beta_2"}.isdisjoint(given):
-            raise ValueError(
-                f"`param_groups[{index}]` gives an option under two names. Received: {spec!r}"
-            )
         given["beta_1"], given["beta_2"] = check_pair(given.pop("betas"), index)
     known = ("params", *NUMERIC, *rule.Options._fields)
     for name in given:

@@ -87,13 +87,12 @@ class State(keras.optimizers.Optimizer):
             ValueError: If an option is unknown or out of range, a variable has a group already, or nothing is
             selected.
         """
-        taken = {path for group in self._groups for path in map(id, group.variables)}
         group = groups.parse(self, len(self._groups), param_group, self._default_group)
         named = groups.named_variables(group.selector) if self._known else None
         if named is not None:
             _check_trainable(named)
             for variable in named:
-                if id(variable) in taken:
+                if self._is_known(variable):
                     raise ValueError(
                         f"`param_group` must hold new variables. Received: '{path_of(variable)}', which the "
                         "optimizer knows already; set the numbers of its group in `optimizer.param_groups` instead"
@@ -140,7 +139,7 @@ class State(keras.optimizers.Optimizer):
         variables = list(variables)
         if self.built and list(map(id, variables)) == list(map(id, self._trainable_variables)):
             return
-        new = [v for v in variables if self._var_key(v) not in self._trainable_variables_indices]
+        new = [v for v in variables if not self._is_known(v)]
         _check_trainable(variables)
         if self._known:
             self._build_more(new)
@@ -268,8 +267,11 @@ class State(keras.optimizers.Optimizer):
 
     def _check_variables_are_known(self, variables) -> None:
         for variable in variables:
-            if self._var_key(variable) not in self._trainable_variables_indices:
+            if not self._is_known(variable):
                 raise ValueError(self._unknown(variable))
+
+    def _is_known(self, variable) -> bool:
+        return self._var_key(variable) in self._trainable_variables_indices
 
     def _unknown(self, variable) -> str:
         return (
@@ -329,13 +331,9 @@ class State(keras.optimizers.Optimizer):
             entries = [e for e in entries if not e.role.startswith("hyperparameters")]
         pairs = checkpoint.match(saved, entries, self.name)
         marks = {id(e.variable): s.start for e, s in pairs if s.start}
-        joined = [starts.get(f"start_{marks.get(id(m))}", 0) for m in self._momentums]
-        if self._traced and self._starts_for(joined)[1] != self._start_of:
-            raise ValueError(
-                f"Optimizer '{self.name}': in the saved state other variables joined late than in the train step that "
-                "was compiled. Load it before the first step, or into a model compiled anew with a new optimizer. "
-                "Nothing was loaded."
-            )
+        momentums = self._slots("_momentums")
+        joined = [starts.get(f"start_{marks.get(id(m))}", 0) for m in momentums]
+        self._check_starts(joined)
         checkpoint.assign(pairs)
         for group in self._groups:
             group.renew_numbers()
@@ -350,6 +348,15 @@ class State(keras.optimizers.Optimizer):
             start.assign(value)
         self._start_of[:] = start_of
         self._bucket_cache.clear()
+
+    def _check_starts(self, joined: list[int]) -> None:
+        """Raise if a compiled step, which knows who joined with whom, would not notice that this has changed."""
+        if self._traced and self._starts_for(joined)[1] != self._start_of:
+            raise ValueError(
+                f"Optimizer '{self.name}': in what is loaded other variables joined late than in the train step that "
+                "was compiled. Load it before the first step, or into a model compiled anew with a new optimizer. "
+                "Nothing was loaded."
+            )
 
     @staticmethod
     def _starts_for(joined: list[int]) -> tuple[list[int], list[int | None]]:

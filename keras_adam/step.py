@@ -100,14 +100,12 @@ class PortableAdam(State):
                     "before it `optimizer.add_param_group({'params': layer_or_variables})` for those unfrozen; the "
                     "state stays"
                 )
-        built = self.built
-        self.built = built or bool(self._known)
+        # Only for this call: a group added since must still be met by the next `fit`, which builds.
+        built, self.built = self.built, self.built or bool(self._known)
         try:
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
         finally:
-            self.built = (
-                built  # a group added since must still be met by the next `fit`, which builds
-            )
+            self.built = built
 
     def _variables_for(self, grads, trainable_variables):
         if trainable_variables is None:
@@ -300,11 +298,9 @@ class PortableAdam(State):
             self._when(due, self._overwrite_with_averages)
 
     def _update_model_variables_moving_average(self, trainable_variables) -> None:
-        started = functools.cache(self._has_started)
-        for variable, average in self._averages_of(trainable_variables):
-            start = self._start_of[self._get_variable_index(variable)]
+        for variable, average, started in self._averages_of(trainable_variables):
             # The first update sets the average.
-            keep = ops.cast(started(start), average.dtype) * self.ema_momentum
+            keep = ops.cast(started, average.dtype) * self.ema_momentum
             value = value_of(variable, average.dtype)
             self.assign(average, keep * value_of(average) + (1 - keep) * value)
 
@@ -312,25 +308,28 @@ class PortableAdam(State):
         return ops.not_equal(self.iterations, 0 if start is None else self._starts[start])
 
     def _overwrite_with_averages(self) -> None:
-        for variable, average in self._averages_of(self._trainable_variables):
+        for variable, average, _ in self._averages_of(self._trainable_variables):
             self.assign(variable, ops.copy(value_of(average, variable.dtype)))
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables) -> None:
         self._check_variables_are_known(trainable_variables)
-        started = functools.cache(self._has_started)
-        for variable, average in self._averages_of(trainable_variables):
-            start = self._start_of[self._get_variable_index(variable)]
+        for variable, average, started in self._averages_of(trainable_variables):
             value = value_of(average, variable.dtype)
             # Before the first update there is no average. Never the average itself: on JAX the two would share one
             # buffer, which the next train step may not donate twice.
-            variable.assign(ops.where(started(start), value, value_of(variable)))
+            variable.assign(ops.where(started, value, value_of(variable)))
 
     def _averages_of(self, variables):
-        """Pair variables with their averages; one that is overwritten with its gradient has none."""
+        """Give variables with their averages, and whether there was an update before this one.
+
+        A variable that is overwritten with its gradient has no average.
+        """
+        started = functools.cache(self._has_started)
         for variable in variables:
-            average = self._model_variables_moving_average[self._get_variable_index(variable)]
+            index = self._get_variable_index(variable)
+            average = self._model_variables_moving_average[index]
             if average is not None:
-                yield variable, average
+                yield variable, average, started(self._start_of[index])
 
     # What a backend may do its own way
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adam import hyperparameters
+from keras_adam import hyperparameters, rule
 from keras_adam.groups import ParamGroup, check_pair
 from keras_adam.layouts import Layouts
 from keras_adam.paths import path_of
@@ -19,7 +19,6 @@ _MOMENTS = {
     "exp_avg_sq": "_velocities",
     "max_exp_avg_sq": "_velocity_hats",
 }
-_OPTIONS = ("amsgrad", "maximize", "decoupled_weight_decay", "epsilon_hat")
 # What PyTorch's groups hold besides, at its own defaults.
 _UNUSED = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
@@ -111,7 +110,7 @@ class TorchVocabulary(State):
                     "betas": (group.number("beta_1"), group.number("beta_2")),
                     "eps": group.number("epsilon"),
                     "weight_decay": group.number("weight_decay"),
-                    **{name: group[name] for name in _OPTIONS},
+                    **{name: group[name] for name in rule.Options._fields},
                     **_UNUSED,
                     "params": list(range(number, number + len(members))),
                 }
@@ -158,12 +157,7 @@ class TorchVocabulary(State):
         changes = [self._check_torch_group(i, packed, state_dict) for i in range(len(packed))]
         last = max(steps, default=0)
         joined = [last - step for step in steps]
-        if self._traced and len(set(joined) - {0}) > len(self._starts):
-            raise ValueError(
-                "`state_dict` holds parameters of different steps, for which the compiled train step has no variables: "
-                "load it before the first step, then compile the model. "
-                f"Received: steps {sorted(set(steps))}"
-            )
+        self._check_starts(joined)
         # From here on nothing can fail.
         for (group, _), (options, numbers) in zip(packed, changes, strict=True):
             group.options = options
@@ -174,9 +168,8 @@ class TorchVocabulary(State):
                 if slot is not None:
                     slot.assign(arrays[name])
         self._iterations.assign(last * (self.gradient_accumulation_steps or 1))
-        for accumulator in self._slots("_accumulated_gradients"):
-            if accumulator is not None:
-                accumulator.assign(ops.zeros(accumulator.shape, accumulator.dtype))
+        if self.gradient_accumulation_steps:
+            self._backend_reset_gradient_accumulators()
         self._set_starts(joined)
 
     def _packed(self, variables) -> list[tuple[ParamGroup, list[int]]]:
@@ -229,7 +222,7 @@ class TorchVocabulary(State):
         """Return the options of a saved group, and the numbers in which it differs from ours, all checked."""
         group, saved = packed[index][0], state_dict["param_groups"][index]
         options = group.options
-        for name in _OPTIONS:
+        for name in rule.Options._fields:
             default = {"decoupled_weight_decay": options.decoupled_weight_decay}.get(name, False)
             value = saved.get(name, default)
             if value == getattr(options, name):

@@ -51,11 +51,10 @@ class Backend:
         changing = self._changing(variables)
         traced = self._traced
         values = self._compiled[key]([v.value for v in changing], grads)
-        self._traced = (
-            traced  # what was compiled here is compiled anew when a constant of it changes
-        )
+        # What was compiled here is compiled anew when a constant of it changes.
+        self._traced = traced
         for variable, value in zip(changing, values, strict=True):
-            variable.assign(value)
+            self.assign(variable, value)
 
     def _stateless_step(self, variables, values, grads):
         changing = self._changing(variables)
@@ -105,9 +104,8 @@ class Backend:
         return gradient.todense() if isinstance(gradient, sparse.JAXSparse) else gradient
 
     def _differentiate(self, loss_fn, variables):
-        assigned: list[
-            keras.Variable
-        ] = []  # such as the moving statistics of a batch normalisation
+        # What the loss assigns to, such as the moving statistics of a batch normalisation.
+        assigned: list[keras.Variable] = []
 
         def compute(values):
             with _RecordingScope(zip(variables, values, strict=True)) as scope:

@@ -35,7 +35,7 @@ class Backend:
             if _has_kernel(bucket):
                 dtype = bucket.dtype
                 now = kernel_scalars(bucket.group, bucket.start, dtype, bucket.decays)
-                _kernel_step(bucket, [tf.cast(g, dtype) for g in chosen], now)
+                _kernel_step(bucket, [tf.cast(g, dtype) for g in chosen], now, self.assign)
             else:
                 for gradient, variable in zip(chosen, bucket.variables, strict=True):
                     self.update_step(gradient, variable, learning_rate, scalars)
@@ -71,9 +71,7 @@ class Backend:
     def _differentiate(self, loss_fn, variables):
         values = [v.value if isinstance(v, keras.Variable) else v for v in variables]
         with tf.GradientTape() as tape:
-            tape.watch(
-                values
-            )  # also variables that are not trainable, or of another framework's making
+            tape.watch(values)  # not only those that are trainable
             loss = loss_fn()
             scaled = self.scale_loss(loss)
         return loss, tape.gradient(scaled, values)
@@ -117,13 +115,13 @@ def _is_representable(beta) -> bool:
     return abs(rule.complement(float(np.float32(beta))) - rate) <= 1e-4 * rate
 
 
-def _kernel_step(bucket, grads, scalars) -> None:
+def _kernel_step(bucket, grads, scalars, assign) -> None:
     options = bucket.group.options
     parameters = [_component(v) for v in bucket.variables]
     if scalars.decay is not None:
         # A decay that can be set while training costs a pass over memory only while it is not zero.
         zero = bucket.group.stored is not None and scalars.decay == 0
-        decouple = functools.partial(_decay, grads, parameters, scalars, options)
+        decouple = functools.partial(_decay, grads, parameters, scalars, options, assign)
         if options.decoupled_weight_decay:
             tf.cond(zero, tf.no_op, decouple) if tf.is_tensor(zero) else decouple()
     for gradient, parameter, moments in zip(grads, parameters, bucket.moments, strict=True):
@@ -143,7 +141,7 @@ def _kernel_step(bucket, grads, scalars) -> None:
         )
 
 
-def _decay(grads, parameters, scalars, options):
+def _decay(grads, parameters, scalars, options, assign):
     for gradient, parameter in zip(grads, parameters, strict=True):
-        parameter.assign(rule.prepare(gradient, parameter, scalars, options)[1])
+        assign(parameter, rule.prepare(gradient, parameter, scalars, options)[1])
     return tf.no_op()
