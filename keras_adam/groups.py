@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_adam import hyperparameters, rule
-from keras_adam.paths import align, path_of
+from keras_adam.paths import align, path_of, same
 
 # Settable while training, in the order of `ParamGroup.stored`. A `learning_rate` of None follows the optimizer's.
 NUMERIC = (
@@ -404,31 +404,38 @@ def named_variables(selector: Any) -> list[Any] | None:
 
 
 class DecayExclusions:
-    """Which variables weight decay leaves out: by identity, by path (after loading), by pattern."""
+    """Which variables weight decay leaves out: by identity, by path if they were saved, by pattern."""
 
     def __init__(self):
         self._keys: set[Any] = set()
         self._paths: list[str] = []
+        self._saved_paths: list[str] = []
         self._patterns: list[str] = []
         self._verdicts: dict[Any, bool] = {}
 
-    def add(self, keys, paths, patterns) -> None:
-        """Exclude more variables."""
-        self._keys.update(keys)
-        self._paths.extend(paths)
+    def add(self, variables: dict[Any, Any], patterns) -> None:
+        """Exclude more variables, given by their keys, and all that a pattern is found in."""
+        self._keys.update(variables)
+        self._paths.extend(path_of(v) for v in variables.values())
         self._patterns.extend(patterns)
         self._verdicts.clear()
+
+    def add_config(self, config: dict[str, list[str]]) -> None:
+        """Exclude the variables that `get_config` told of."""
+        self._paths.extend(config["paths"])
+        self._saved_paths.extend(config["paths"])
+        self._patterns.extend(config["patterns"])
 
     def hold(self, key, variable) -> bool:
         """Whether the variable is excluded."""
         if not self:
             return False
         if key not in self._verdicts:
-            names = {path_of(variable), variable.name.partition(":")[0]}
+            path, name = path_of(variable), variable.name.partition(":")[0]
             self._verdicts[key] = (
                 key in self._keys
-                or not names.isdisjoint(self._paths)
-                or any(re.search(pattern, name) for pattern in self._patterns for name in names)
+                or any(same(path, saved) for saved in self._saved_paths)
+                or any(re.search(pattern, x) for pattern in self._patterns for x in (path, name))
             )
         return self._verdicts[key]
 
@@ -436,7 +443,7 @@ class DecayExclusions:
         return bool(self._paths or self._patterns)
 
     def get_config(self) -> dict[str, list[str]]:
-        """Return the arguments of `add` that exclude the same variables of another model."""
+        """Return what excludes the same variables of another model."""
         return {"paths": list(self._paths), "patterns": list(self._patterns)}
 
 

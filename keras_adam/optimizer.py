@@ -7,7 +7,6 @@ import keras
 from keras_adam import groups, hyperparameters, rule
 from keras_adam.backends import Backend
 from keras_adam.groups import DecayExclusions
-from keras_adam.paths import path_of
 from keras_adam.step import PortableAdam
 from keras_adam.torch_api import TorchVocabulary
 
@@ -232,11 +231,8 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             raise TypeError(
                 f"`var_names` must be a list of strings. Received: var_names={var_names!r}"
             )
-        self._decay_exclusions.add(
-            keys=[self._var_key(v) for v in var_list or []],
-            paths=[path_of(v) for v in var_list or []],
-            patterns=var_names or [],
-        )
+        variables = {self._var_key(v): v for v in var_list or []}
+        self._decay_exclusions.add(variables, var_names or [])
 
     def _use_weight_decay(self, variable) -> bool:
         return not self._decay_exclusions.hold(self._var_key(variable), variable)
@@ -290,7 +286,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
                 groups.parse(optimizer, number, spec, optimizer._default_group)
             )
         if exclusions:
-            optimizer._decay_exclusions.add(keys=[], **exclusions)
+            optimizer._decay_exclusions.add_config(exclusions)
         return optimizer
 
 

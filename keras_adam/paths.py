@@ -31,6 +31,12 @@ def align(theirs: Iterable[str], ours: Iterable[str]) -> dict[str, str]:
     return {t: o for t, o in aligned.items() if t == o or meant[o] == 1}
 
 
+def same(one: str, other: str) -> bool:
+    """Whether two paths are the same, or the same but for enclosing names; a bare name is only itself."""
+    shorter, longer = sorted((one, other), key=len)
+    return one == other or ("/" in shorter and longer.endswith("/" + shorter))
+
+
 def _suffixes(path: str) -> list[str]:
     parts = path.split("/")
     return ["/".join(parts[i:]) for i in range(len(parts))]

@@ -54,19 +54,3 @@ def restore_keras_state():
         keras.utils.clear_session()
         keras.config.set_floatx(floatx)
         keras.config.set_dtype_policy(policy)
-
-
-# Not yet seen to pass as a whole under each of the three backends; run one by naming it.
-collect_ignore = [
-    "test_add_param_group.py",
-    "test_callbacks.py",
-    "test_faults.py",
-    "test_fit.py",
-    "test_group_properties.py",
-    "test_groups.py",
-    "test_hyperparameters.py",
-    "test_keras_suite.py",
-    "test_saving.py",
-    "test_semantics.py",
-    "test_torch_state.py",
-]

@@ -103,13 +103,17 @@ def _has_kernel(bucket) -> bool:
         same
         and bucket.dtype in ("float32", "float64")
         and not bucket.group.options.amsgrad
-        and all(_is_representable(bucket.group.given(beta)) for beta in ("beta_1", "beta_2"))
+        and all(_suits_kernel(bucket.group.given(beta)) for beta in ("beta_1", "beta_2"))
     )
 
 
-def _is_representable(beta) -> bool:
-    """Whether the kernel, which takes beta in float32, is left with `1 - beta` to four digits."""
-    if hyperparameters.is_dynamic(beta):
+def _suits_kernel(beta) -> bool:
+    """Whether the kernel is exact for this beta.
+
+    It takes beta in float32, which must leave `1 - beta` to four digits, and it adds the distance to the new value to
+    the old average, which for a small beta loses the new value's digits where the old average is much greater.
+    """
+    if hyperparameters.is_dynamic(beta) or beta < 0.5:
         return False
     rate = rule.complement(beta)
     return abs(rule.complement(float(np.float32(beta))) - rate) <= 1e-4 * rate
