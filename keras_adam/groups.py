@@ -43,6 +43,9 @@ class ParamGroup(Mapping):
         self.selected: dict[str, Any] | None = None  # what it selected before it was saved
         self.stored: Any = None  # the optimizer's variable that holds the numbers, if it has one
         self.changes = 0  # how often a number was set
+        self._is_constant = (
+            False  # whether the last compiled step made holds the numbers as its constants
+        )
         self._optimizer = optimizer
         self._numeric: dict[str, Any] = {
             "learning_rate": None,
@@ -87,8 +90,14 @@ class ParamGroup(Mapping):
                     "`learning_rate_multiplier` of the default group is 1: set the optimizer's learning rate. "
                     f"Received: learning_rate_multiplier={value!r}"
                 )
+        if name == "learning_rate_multiplier" and self.own("learning_rate") is not None:
+            raise ValueError(
+                "`learning_rate_multiplier` has no effect beside a learning rate of the group's own: set that "
+                f"one, or set it to None first. Received: learning_rate_multiplier={value!r}"
+            )
         value = _check(name, value)
         self.check_settable(name, value)
+        check_held(self.stored, name, value)
         self._numeric[name] = value
         self.changes += 1
         if self.stored is not None:
@@ -234,6 +243,8 @@ class ParamGroup(Mapping):
 
     def _now(self, iterations, dtype: str, compiling: bool) -> dict[str, Any]:
         """Return each numeric hyperparameter's value in this step, the betas as their complements."""
+        if compiling:
+            self._is_constant = self.stored is None
         now = {}
         for i, (name, given) in enumerate(self._numeric.items()):
             if self.stored is not None and not hyperparameters.is_dynamic(given):
@@ -252,10 +263,10 @@ class ParamGroup(Mapping):
                 "callable: it can be set to or from one before the first compiled step only. "
                 f"Received: {name}={value!r}"
             )
-        if self.stored is None and self._optimizer._traced:
+        if self._optimizer._traced and (self.stored is None or self._is_constant):
             raise ValueError(
                 f"`{name}` is a constant of the train step that was compiled already. For numbers that can be set "
-                "while training, give the optimizer parameter groups, if only `param_groups=[]`. "
+                "while training, give the optimizer parameter groups from the start, if only `param_groups=[]`. "
                 f"Received: {name}={value!r}"
             )
 
@@ -309,6 +320,16 @@ def parse(optimizer, index: int, spec: Mapping[str, Any], default: ParamGroup) -
         raise type(error)(f"In `param_groups[{index}]`: {error}") from None
     group.selected = selected
     return group
+
+
+def check_held(variable, name: str, value: Any) -> None:
+    """Raise if `variable` is empty because Keras's trainer on JAX holds its value, so that an assignment is lost."""
+    if variable is not None and getattr(variable, "_value", variable) is None:
+        raise ValueError(
+            f"`{name}` cannot be set here: while `fit` runs on JAX, the state is with Keras's trainer. In a callback, "
+            "reach the optimizer through `self.model`, which brings it back: `self.model.optimizer`. "
+            f"Received: {name}={value!r}"
+        )
 
 
 def check_options(default: rule.Options, choices: dict[str, Any]) -> rule.Options:

@@ -180,6 +180,8 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
                 "learning rate is not settable. Give it a number to make it settable, or assign another schedule. "
                 f"Received: learning_rate={learning_rate}"
             )
+        if isinstance(self._learning_rate, keras.Variable):
+            groups.check_held(self._learning_rate, "learning_rate", learning_rate)
         if not self._is_compiling():
             learning_rate = hyperparameters.check_number("learning_rate", learning_rate)
             self._given_learning_rate = learning_rate
@@ -223,7 +225,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         Raises:
             ValueError: If the optimizer is already built.
         """
-        if self.built:
+        if self._known:
             raise ValueError(
                 "`exclude_from_weight_decay()` can only be configured before the optimizer is built."
             )

@@ -122,9 +122,14 @@ def adam_step(
     m = _average(m, g, scalars.rate_1)
     v = _average(v, g * g, scalars.rate_2)
     if options.amsgrad:
-        s = ops.maximum(s, v / scalars.correction_2 if options.amsgrad == "corrected" else v)
+        s = maximum(s, v / scalars.correction_2 if options.amsgrad == "corrected" else v)
     p = p - scalars.step_size * m / (ops.sqrt(s if options.amsgrad else v) + scalars.epsilon)
     return p, Moments(m, v, s)
+
+
+def maximum(old: Tensor, new: Tensor) -> Tensor:
+    """Return the greater, or a NaN in `new`; `ops.maximum` makes float32 of float64 on PyTorch."""
+    return ops.where(old > new, old, new)
 
 
 def _average(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:

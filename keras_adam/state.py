@@ -37,6 +37,7 @@ class State(keras.optimizers.Optimizer):
     _pending_groups: list[ParamGroup]
     _pending_state: list[checkpoint.Saved] | None
     _traced: bool
+    _traced_rate: Any
     _bucket_cache: dict[tuple[int, ...], list[Any]]
     _checked_lists: set[tuple[int, ...]]
     _has_groups: bool
@@ -56,6 +57,7 @@ class State(keras.optimizers.Optimizer):
             _bucket_cache={},
             _checked_lists=set(),  # of variables, by identity, that are known not to hold an unknown one
             _traced=False,  # whether a compiled step has been made, with today's options as its constants
+            _traced_rate=None,  # the schedule or callable that the last one made holds as its learning rate
         )
         if param_groups is not None and not isinstance(param_groups, list | tuple):
             raise TypeError(
@@ -370,7 +372,7 @@ class State(keras.optimizers.Optimizer):
         Raises:
             ValueError: If the optimizer is not built, or `weights` differ in number or shape; then nothing is set.
         """
-        if not self.built:
+        if not self._known:
             raise ValueError(
                 "You are calling `set_weights()` on an optimizer that has not yet been built. Call "
                 "`optimizer.build(trainable_variables)` first."

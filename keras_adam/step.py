@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_adam import rule
+from keras_adam import hyperparameters, rule
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
 from keras_adam.state import State, compute_dtype, value_of
@@ -62,8 +62,8 @@ class PortableAdam(State):
         if not grads:
             return
         variables = self._variables_for(grads, trainable_variables)
-        if not self._traced and self._is_compiling():
-            self._traced = True
+        if self._is_compiling():
+            self._traced, self._traced_rate = True, self._dynamic_rate()
         with keras.name_scope(self.name, caller=self):
             absent = [v for g, v in zip(grads, variables, strict=True) if g is None]
             if absent:
@@ -131,6 +131,10 @@ class PortableAdam(State):
             self._checked_lists.add(identities)
         return variables
 
+    def _dynamic_rate(self):
+        """Return the learning rate if it is a schedule or a callable, which a compiled step keeps; else None."""
+        return self._learning_rate if hyperparameters.is_dynamic(self._learning_rate) else None
+
     def _unscale(self, gradient):
         return ops.cast(gradient, compute_dtype(gradient.dtype)) / self.loss_scale_factor
 
@@ -197,7 +201,8 @@ class PortableAdam(State):
         if gradient is None:
             return None
         dtype = compute_dtype(gradient.dtype)
-        return ops.cast(gradient, dtype) * ops.cast(limit / ops.maximum(norm, limit), dtype)
+        limit = ops.convert_to_tensor(limit, norm.dtype)
+        return ops.cast(gradient, dtype) * ops.cast(limit / rule.maximum(limit, norm), dtype)
 
     def _update(self, grads, variables) -> None:
         self._backend_update_step(grads, variables, self.learning_rate)
@@ -308,8 +313,25 @@ class PortableAdam(State):
         return ops.not_equal(self.iterations, 0 if start is None else self._starts[start])
 
     def _overwrite_with_averages(self) -> None:
-        for variable, average, _ in self._averages_of(self._trainable_variables):
+        # What was frozen since has no update from here either.
+        trained = [v for v in self._trainable_variables if v.trainable]
+        for variable, average, _ in self._averages_of(trained):
             self.assign(variable, ops.copy(value_of(average, variable.dtype)))
+
+    def finalize_variable_values(self, var_list) -> None:
+        """End a training, as Keras's `fit` does: overwrite the variables with their averages, if there are any.
+
+        Raises:
+            ValueError: If the learning rate became a schedule, or another one, after the train step was compiled,
+                which therefore did not follow it.
+        """
+        super().finalize_variable_values(var_list)
+        if self._traced and self._traced_rate is not self._dynamic_rate():
+            raise ValueError(
+                "`learning_rate` was made a schedule, or another one, after the train step was compiled, so that the "
+                "steps just made did not follow it. Compile the model again after setting it. "
+                f"Received: learning_rate={self._learning_rate}"
+            )
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables) -> None:
         self._check_variables_are_known(trainable_variables)
@@ -355,7 +377,8 @@ def _norm(grads):
     squares = [
         ops.sum(ops.square(ops.cast(g, compute_dtype(g.dtype)))) for g in grads if g is not None
     ]
-    return ops.sqrt(sum(ops.cast(x, "float32") for x in squares))
+    wide = any(compute_dtype(x.dtype) == "float64" for x in squares)
+    return ops.sqrt(sum(ops.cast(x, "float64" if wide else "float32") for x in squares))
 
 
 def _check_shapes(grads, variables) -> None:

@@ -89,16 +89,28 @@ class TorchVocabulary(State):
             variables: The variables, or their paths, in the order of PyTorch's parameters; all of them. Defaults to
                 the order in which the optimizer was built.
             convert: Function `(variable, array) -> array` that brings an array of the variable's shape into PyTorch's
-                layout, or returns None for the default: kernels transposed or permuted, all else as it is. Defaults
-                to `None`.
+                layout, or returns None for the default: kernels transposed or permuted, all else as it is. What a
+                variable is, is told by Keras's own names: a DepthwiseConv2D or EinsumDense that was given another
+                name needs it, and so does a Dense after a Flatten, whose rows PyTorch has in the order of channels
+                first. Defaults to `None`.
             as_numpy: Whether to return NumPy arrays rather than PyTorch's tensors; without PyTorch there are no
                 others. Defaults to `False`.
 
+        PyTorch's `eps` is that of Algorithm 1: an optimizer with `epsilon_hat=True`, Keras's default, goes on there
+        with an epsilon that differs while the bias correction lasts.
+
         Raises:
-            ValueError: If the optimizer is not built, or `variables` are not its variables.
+            ValueError: If the optimizer is not built, `variables` are not its variables, or a group has
+                `amsgrad="corrected"`, whose maximum PyTorch's format cannot hold.
             ImportError: If PyTorch is not installed and `as_numpy` is False.
         """
         packed = self._packed(variables)
+        for group, _ in packed:
+            if group.options.amsgrad == "corrected":
+                raise ValueError(
+                    "PyTorch's format holds AMSGrad's maximum of the raw second moment only; `model.save` keeps any. "
+                    "Received: a parameter group with amsgrad='corrected'"
+                )
         layouts = Layouts(self._known, convert)
         wrap = np.array if as_numpy else _torch().from_numpy
         number, state = 0, {}
@@ -299,8 +311,9 @@ class TorchVocabulary(State):
 
         Args:
             closure: Function without arguments that returns the loss. On the PyTorch backend it may call
-                `loss.backward()` itself, and may be left out if that was done: then the variables' `.grad` is applied.
-                Defaults to `None`.
+                `loss.backward()` itself, and may be left out if that was done: then the variables' `.grad` is applied,
+                if there is any. With `loss_scale_factor`, what is differentiated so must be
+                `optimizer.scale_loss(loss)`. Defaults to `None`.
 
         Returns:
             The loss before the step, or None without a closure.
@@ -313,7 +326,9 @@ class TorchVocabulary(State):
                 "`step` needs a built optimizer: call `optimizer.build(variables)` first."
             )
         if closure is None:
-            self.apply(self._stored_gradients(), self._trainable_variables)
+            grads = self._stored_gradients()
+            if any(g is not None for g in grads):
+                self.apply(grads, self._trainable_variables)
             return None
         return self.minimize(closure)
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import keras
@@ -9,6 +10,7 @@ from jax.experimental import sparse
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_adam.groups import NUMERIC
+from keras_adam.paths import path_of
 
 _MOST_COMPILED = 16  # lists of variables for which an eager step is kept compiled
 _CONSTANTS = (
@@ -27,6 +29,7 @@ class Backend:
     """Overrides for JAX."""
 
     _traced: bool
+    _traced_rate: Any
 
     def __init__(self, *args, **kwargs):
         self.__dict__["_compiled"] = {}
@@ -49,10 +52,10 @@ class Backend:
                 self._compiled.clear()
             self._compiled[key] = jax.jit(functools.partial(self._stateless_step, variables))
         changing = self._changing(variables)
-        traced = self._traced
+        traced = self._traced, self._traced_rate
         values = self._compiled[key]([v.value for v in changing], grads)
         # What was compiled here is compiled anew when a constant of it changes.
-        self._traced = traced
+        self._traced, self._traced_rate = traced
         for variable, value in zip(changing, values, strict=True):
             self.assign(variable, value)
 
@@ -86,7 +89,7 @@ class Backend:
             None if isinstance(rate, keras.Variable) else rate,
             tuple(map(id, self._trainable_variables)),
             tuple(self._start_of),
-            tuple(v.constraint for v in self._known),
+            tuple((v.constraint, v.trainable) for v in self._known),
             *((g.options, g.stored is None and g.changes) for g in self._groups),
             *(getattr(self, name) for name in _CONSTANTS),
         )
@@ -94,8 +97,20 @@ class Backend:
     def finalize_variable_values(self, var_list):
         # When a train step has failed, Keras's trainer calls this with all variables empty; an error from here would
         # hide the one that matters.
-        if self._iterations._value is not None:
-            super().finalize_variable_values(var_list)
+        if self._iterations._value is None:
+            return
+        # Keras's trainer hands over values without saying whose they are: in the order of its model's variables.
+        theirs, ours = list(var_list), self._trainable_variables
+        same = {id(v) for v in theirs} == {id(v) for v in ours}
+        first = next((v for v, known in zip(theirs, ours, strict=False) if v is not known), None)
+        if self._traced and same and first is not None:
+            raise ValueError(
+                "The optimizer was built for the model's variables in another order than the model has them, so that "
+                "the state of one may have been used for another in the steps just made. Call "
+                "`optimizer.build(model.trainable_variables)` before `fit`. "
+                f"Received: '{path_of(first)}' as the first variable that stands elsewhere"
+            )
+        super().finalize_variable_values(var_list)
 
     def _is_compiling(self) -> bool:
         return isinstance(self._iterations.value, jax.core.Tracer)
@@ -142,11 +157,16 @@ class Backend:
 
 
 class _RecordingScope(keras.StatelessScope):
-    """A stateless scope that knows which variables were assigned in it."""
+    """A stateless scope that knows which variables were assigned in it, and sees what an outer one holds."""
 
     def __init__(self, state_mapping):
         super().__init__(state_mapping, collect_losses=True)  # those that layers add
         self.assigned = []
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        outer = getattr(self, "original_scope", None)
+        return outer.get_current_value(variable) if value is None and outer is not None else value
 
     def add_update(self, update):
         if not any(update[0] is v for v in self.assigned):

@@ -151,6 +151,8 @@ class Backend:
         return torch.compiler.is_compiling()
 
     def _densify(self, gradient):
+        if not isinstance(gradient, torch.Tensor):
+            return keras.ops.convert_to_tensor(gradient)
         return gradient.to_dense() if gradient.layout is not torch.strided else gradient
 
     def _differentiate(self, loss_fn, variables):
