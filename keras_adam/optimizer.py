@@ -76,6 +76,11 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             rate), `beta_1`, `beta_2`, `epsilon`, `weight_decay`, `amsgrad`, `decoupled_weight_decay`, `epsilon_hat`
             and `maximize`; PyTorch's `lr`, `betas` and `eps` serve too. Defaults to `None`: no groups.
 
+        lazy: Whether a sparse gradient (TensorFlow's `IndexedSlices`, as an embedding has it; JAX's `BCOO`; PyTorch's
+            sparse tensors) updates only the rows that it touches, as `torch.optim.SparseAdam` does: the moments of the
+            others do not decay, and weight decay leaves them alone. Not with `gradient_accumulation_steps`. Defaults
+            to `False`: the result is that of the dense gradient.
+
     Raises:
         ValueError: If an argument is out of its range.
         TypeError: If an argument is of a kind that cannot serve.
@@ -127,6 +132,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         epsilon_hat: bool = True,
         maximize: bool = False,
         param_groups: list[dict[str, Any]] | None = None,
+        lazy: bool = False,
     ):
         numeric = {
             "beta_1": beta_1,
@@ -161,6 +167,12 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             ),
             name=name,
         )
+        self.lazy = hyperparameters.check_choice("lazy", lazy, (True, False))
+        if self.lazy and gradient_accumulation_steps:
+            raise ValueError(
+                "`lazy` must be False with `gradient_accumulation_steps`: an accumulated gradient has all rows. "
+                f"Received: lazy=True, gradient_accumulation_steps={gradient_accumulation_steps}"
+            )
         if not dynamic:
             self.learning_rate = learning_rate
         self._decay_exclusions = DecayExclusions()
@@ -257,6 +269,8 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         for name, default in rule.Options._field_defaults.items():
             if name != "amsgrad" and getattr(self, name) != default:
                 config[name] = getattr(self, name)
+        if self.lazy:
+            config["lazy"] = True
         if self._has_groups:
             of = self._groups.index(self._default_group)
             described = [

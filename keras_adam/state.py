@@ -41,6 +41,7 @@ class State(keras.optimizers.Optimizer):
     _bucket_cache: dict[tuple[int, ...], list[Any]]
     _checked_lists: set[tuple[int, ...]]
     _has_groups: bool
+    lazy: bool
 
     def _init_groups(self, numeric, options, param_groups) -> None:
         """Set up what Keras's constructor does not know, before it runs."""

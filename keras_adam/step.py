@@ -6,6 +6,7 @@ iterations. Constraints and averages act only when an update happens.
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ from keras import ops
 from keras_adam import hyperparameters, rule
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
+from keras_adam.rows import Rows, map_values, values_of
 from keras_adam.state import State, compute_dtype, value_of
 
 _MOST_LISTS = 16  # of variables for which buckets are remembered
@@ -70,10 +72,10 @@ class PortableAdam(State):
                 grads, variables = self._filter_empty_gradients(grads, variables)
             grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
             if grads:
-                grads = [self._densify(g) for g in grads]
+                grads = [self._rows_of(g) or self._densify(g) for g in grads]
                 _check_shapes(grads, variables)
                 if self.loss_scale_factor is not None:
-                    grads = [self._unscale(g) for g in grads]
+                    grads = [map_values(self._unscale, g) for g in grads]
                 self._backend_apply_gradients(grads, variables, absent)
         self._iterations.assign_add(1)
 
@@ -135,11 +137,20 @@ class PortableAdam(State):
         """Return the learning rate if it is a schedule or a callable, which a compiled step keeps; else None."""
         return self._learning_rate if hyperparameters.is_dynamic(self._learning_rate) else None
 
+    def _rows_of(self, gradient) -> Rows | None:
+        """Return the rows of a sparse gradient if only they are to be updated."""
+        if not self.lazy or self._overrides_update_step():
+            return None
+        found = self._sparse_rows(gradient)
+        return found and found.map(lambda values: ops.cast(values, compute_dtype(values.dtype)))
+
     def _unscale(self, gradient):
         return ops.cast(gradient, compute_dtype(gradient.dtype)) / self.loss_scale_factor
 
     def _backend_apply_gradients(self, grads, trainable_variables, absent=()):
         grads = self._reduce(grads)
+        if self.lazy:
+            grads = [g.summed() if isinstance(g, Rows) else g for g in grads]
         if self.gradient_accumulation_steps:
             self._accumulate(grads, trainable_variables, absent)
         else:
@@ -193,7 +204,9 @@ class PortableAdam(State):
             norm = _norm(grads)
             return [self._scale_to_norm(g, norm, self.global_clipnorm) for g in grads]
         if self.clipvalue:
-            return [g if g is None else ops.clip(g, -self.clipvalue, self.clipvalue) for g in grads]
+            limits = {"x_min": -self.clipvalue, "x_max": self.clipvalue}
+            clip = functools.partial(ops.clip, **limits)
+            return [g if g is None else map_values(clip, g) for g in grads]
         return grads
 
     @staticmethod
@@ -202,10 +215,22 @@ class PortableAdam(State):
             return None
         dtype = compute_dtype(gradient.dtype)
         limit = ops.convert_to_tensor(limit, norm.dtype)
-        return ops.cast(gradient, dtype) * ops.cast(limit / rule.maximum(limit, norm), dtype)
+        factor = ops.cast(limit / rule.maximum(limit, norm), dtype)
+        return map_values(lambda values: ops.cast(values, dtype) * factor, gradient)
 
     def _update(self, grads, variables) -> None:
-        self._backend_update_step(grads, variables, self.learning_rate)
+        learning_rate = self.learning_rate
+        whole = [not isinstance(g, Rows) for g in grads]
+        if all(whole):
+            self._backend_update_step(grads, variables, learning_rate)
+        else:
+            pairs = list(zip(grads, variables, strict=True))
+            for some, update in (
+                ([not w for w in whole], self._portable_update_step),
+                (whole, self._backend_update_step),
+            ):
+                chosen = list(itertools.compress(pairs, some))
+                update([g for g, _ in chosen], [v for _, v in chosen], learning_rate)
         for variable in variables:
             if variable.constraint is not None:
                 self.assign(variable, variable.constraint(value_of(variable)))
@@ -227,14 +252,19 @@ class PortableAdam(State):
             group, self._start_of[index], dtype, self._use_weight_decay(variable)
         )
         slots = self._moments_of(index)
-        moments = rule.Moments(*(x if x is None else value_of(x, dtype) for x in slots))
+        read, write = value_of, self.assign
+        if isinstance(gradient, Rows):
+            read = functools.partial(self._take_rows, gradient.indices)
+            write = functools.partial(self._put_rows, gradient.indices)
+            gradient = gradient.rows()
+        moments = rule.Moments(*(x if x is None else read(x, dtype) for x in slots))
         p, moments = rule.adam_step(
-            ops.cast(gradient, dtype), value_of(variable, dtype), moments, scalars, group.options
+            ops.cast(gradient, dtype), read(variable, dtype), moments, scalars, group.options
         )
-        self.assign(variable, p)
+        write(variable, p)
         for slot, value in zip(slots, moments, strict=True):
             if slot is not None:
-                self.assign(slot, value)
+                write(slot, value)
 
     def _buckets(self, variables) -> list[Bucket]:
         """Group variables that one kernel can update together; computed once for the same list of variables."""
@@ -363,6 +393,20 @@ class PortableAdam(State):
         """Return a sparse gradient as a dense one, the values of a repeated index summed."""
         return ops.convert_to_tensor(gradient, sparse=False)
 
+    def _sparse_rows(self, gradient) -> Rows | None:
+        """Return the rows of a gradient of the backend's own sparse kind, or None if it is of another."""
+        return None
+
+    def _take_rows(self, indices, variable, dtype):
+        """Return some rows of a variable."""
+        return ops.cast(ops.take(value_of(variable), indices, axis=0), dtype)
+
+    def _put_rows(self, indices, variable, rows) -> None:
+        """Assign to some rows of a variable; those of an index that stands twice are equal."""
+        value = value_of(variable)
+        rows = ops.cast(rows, value.dtype)
+        self.assign(variable, ops.scatter_update(value, indices[:, None], rows))
+
     def _reduce(self, grads):
         """Return the gradients summed over the replicas."""
         return grads
@@ -374,9 +418,8 @@ class PortableAdam(State):
 
 
 def _norm(grads):
-    squares = [
-        ops.sum(ops.square(ops.cast(g, compute_dtype(g.dtype)))) for g in grads if g is not None
-    ]
+    values = [values_of(g) for g in grads if g is not None]
+    squares = [ops.sum(ops.square(ops.cast(x, compute_dtype(x.dtype)))) for x in values]
     wide = any(compute_dtype(x.dtype) == "float64" for x in squares)
     return ops.sqrt(sum(ops.cast(x, "float64" if wide else "float32") for x in squares))
 

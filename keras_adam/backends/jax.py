@@ -11,6 +11,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_adam.groups import NUMERIC
 from keras_adam.paths import path_of
+from keras_adam.rows import Rows
 
 _MOST_COMPILED = 16  # lists of variables for which an eager step is kept compiled
 _CONSTANTS = (
@@ -71,7 +72,9 @@ class Backend:
         return [*self._trainable_variables, *others, *self.variables]
 
     def _may_compile(self, grads) -> bool:
-        tracing = self._is_compiling() or any(isinstance(g, jax.core.Tracer) for g in grads)
+        tracing = self._is_compiling() or any(
+            isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(grads)
+        )
         hyperparameters = [
             self._learning_rate,
             *(g.given(name) for g in self._groups for name in NUMERIC),
@@ -117,6 +120,11 @@ class Backend:
 
     def _densify(self, gradient):
         return gradient.todense() if isinstance(gradient, sparse.JAXSparse) else gradient
+
+    def _sparse_rows(self, gradient):
+        if not isinstance(gradient, sparse.BCOO) or (gradient.n_batch, gradient.n_sparse) != (0, 1):
+            return None
+        return Rows(gradient.shape, gradient.indices[:, 0], gradient.data)
 
     def _differentiate(self, loss_fn, variables):
         # What the loss assigns to, such as the moving statistics of a batch normalisation.

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_adam import hyperparameters, rule
+from keras_adam.rows import Rows
 
 
 class Backend:
@@ -52,7 +53,34 @@ class Backend:
         context = tf.distribute.get_replica_context()
         if context is None or context.num_replicas_in_sync == 1:
             return grads
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
+        # Rows are gathered from all replicas, to be summed like those of one.
+        slices = [
+            tf.IndexedSlices(g.values, g.indices) if isinstance(g, Rows) else g for g in grads
+        ]
+        reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, slices)
+        return [
+            g._replace(indices=r.indices, values=r.values) if isinstance(g, Rows) else r
+            for g, r in zip(grads, reduced, strict=True)
+        ]
+
+    def _sparse_rows(self, gradient):
+        if not isinstance(gradient, tf.IndexedSlices):
+            return None
+        rows = gradient.shape[0] if gradient.dense_shape is not None else None
+        return Rows((rows, *gradient.values.shape[1:]), gradient.indices, gradient.values)
+
+    def _take_rows(self, indices, variable, dtype):
+        variable = _component(variable)
+        rows = tf.raw_ops.ResourceGather(
+            resource=variable.handle, indices=indices, dtype=variable.dtype
+        )
+        return tf.cast(rows, dtype)
+
+    def _put_rows(self, indices, variable, rows):
+        variable = _component(variable)
+        tf.raw_ops.ResourceScatterUpdate(
+            resource=variable.handle, indices=indices, updates=tf.cast(rows, variable.dtype)
+        )
 
     def _outside_graph(self):
         return tf.init_scope()

@@ -7,6 +7,7 @@ import torch
 
 from keras_adam import hyperparameters, rule
 from keras_adam.groups import NUMERIC
+from keras_adam.rows import Rows
 
 # PyTorch's own fused Adam, one call for many tensors. The function around it in `torch.optim` sorts the tensors by
 # device and dtype at each call, which for many small ones takes longer than the kernel: here they are sorted once.
@@ -154,6 +155,17 @@ class Backend:
         if not isinstance(gradient, torch.Tensor):
             return keras.ops.convert_to_tensor(gradient)
         return gradient.to_dense() if gradient.layout is not torch.strided else gradient
+
+    def _sparse_rows(self, gradient):
+        if not isinstance(gradient, torch.Tensor) or gradient.layout is not torch.sparse_coo:
+            return None
+        if gradient.sparse_dim() != 1:
+            return None
+        return Rows(tuple(gradient.shape), gradient._indices()[0], gradient._values())
+
+    def _put_rows(self, indices, variable, rows):
+        value = variable.value
+        value.index_copy_(0, indices, rows.to(value.dtype))
 
     def _differentiate(self, loss_fn, variables):
         values = [v.value for v in variables]

@@ -1,0 +1,60 @@
+"""Gradients that are zero but for some rows, as an embedding's are."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from keras import ops
+
+
+class Rows(NamedTuple):
+    """The rows of a gradient that are not zero.
+
+    As they come, `values[i]` is a part of row `indices[i]`, and a row may stand several times. Once summed, the whole
+    of row `indices[i]` is `values[slots[i]]`.
+    """
+
+    shape: tuple[int | None, ...]  # of the whole gradient
+    indices: Any
+    values: Any
+    slots: Any = None
+
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    def map(self, function: Callable[[Any], Any]) -> "Rows":
+        """Return the gradient with `function`, which must leave a zero as it is, applied to its values."""
+        return self._replace(values=function(self.values))
+
+    def summed(self) -> "Rows":
+        """Return the gradient with the parts of each row summed.
+
+        A row stands as often as before, and what is left over of `values` is zero: in a compiled step no shape may
+        depend on what the indices are.
+        """
+        if self.indices.shape[0] == 0:  # which PyTorch cannot sum
+            return self._replace(slots=self.indices)
+        order = ops.argsort(self.indices)
+        indices = ops.take(self.indices, order, axis=0)
+        is_new = ops.cast(ops.not_equal(indices[1:], indices[:-1]), "int32")
+        slots = ops.cumsum(
+            ops.concatenate([ops.cast(ops.zeros_like(indices[:1]), "int32"), is_new])
+        )
+        values = ops.segment_sum(
+            ops.take(self.values, order, axis=0), slots, num_segments=ops.shape(indices)[0]
+        )
+        return self._replace(indices=indices, values=values, slots=slots)
+
+    def rows(self) -> Any:
+        """Return the gradient of each of `indices`, once summed."""
+        return ops.take(self.values, self.slots, axis=0)
+
+
+def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
+    """Apply `function` to a gradient's values, whether there are all of them or only some rows."""
+    return gradient.map(function) if isinstance(gradient, Rows) else function(gradient)
+
+
+def values_of(gradient: Any) -> Any:
+    """Return all values of a gradient that may differ from zero, each once; rows must be summed."""
+    return gradient.values if isinstance(gradient, Rows) else gradient
