@@ -22,10 +22,6 @@ class Rows(NamedTuple):
     def dtype(self):
         return self.values.dtype
 
-    def map(self, function: Callable[[Any], Any]) -> "Rows":
-        """Return the gradient with `function`, which must leave a zero as it is, applied to its values."""
-        return self._replace(values=function(self.values))
-
     def summed(self) -> "Rows":
         """Return the gradient with the parts of each row summed.
 
@@ -50,11 +46,18 @@ class Rows(NamedTuple):
         return ops.take(self.values, self.slots, axis=0)
 
 
-def map_values(function: Callable[[Any], Any], gradient: Any) -> Any:
-    """Apply `function` to a gradient's values, whether there are all of them or only some rows."""
-    return gradient.map(function) if isinstance(gradient, Rows) else function(gradient)
+def map_values(function: Callable[[list[Any]], list[Any]], gradients: list[Any]) -> list[Any]:
+    """Apply a function of all values, those of each gradient in one tensor; a gradient that is None stays None.
 
-
-def values_of(gradient: Any) -> Any:
-    """Return all values of a gradient that may differ from zero, each once; rows must be summed."""
-    return gradient.values if isinstance(gradient, Rows) else gradient
+    Where of a gradient there are some rows, it is applied to these, and must leave zero as it is.
+    """
+    present = [g for g in gradients if g is not None]
+    results = iter(function([g.values if isinstance(g, Rows) else g for g in present]))
+    return [
+        g
+        if g is None
+        else g._replace(values=next(results))
+        if isinstance(g, Rows)
+        else next(results)
+        for g in gradients
+    ]

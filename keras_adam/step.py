@@ -15,7 +15,7 @@ from keras import ops
 from keras_adam import hyperparameters, rule
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
-from keras_adam.rows import Rows, map_values, values_of
+from keras_adam.rows import Rows, map_values
 from keras_adam.state import State, compute_dtype, value_of
 
 _MOST_LISTS = 16  # of variables for which buckets are remembered
@@ -72,10 +72,10 @@ class PortableAdam(State):
                 grads, variables = self._filter_empty_gradients(grads, variables)
             grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
             if grads:
-                grads = [self._rows_of(g) or self._densify(g) for g in grads]
+                grads = self._densify_all(grads)
                 _check_shapes(grads, variables)
                 if self.loss_scale_factor is not None:
-                    grads = [map_values(self._unscale, g) for g in grads]
+                    grads = map_values(self._unscale, grads)
                 self._backend_apply_gradients(grads, variables, absent)
         self._iterations.assign_add(1)
 
@@ -137,15 +137,14 @@ class PortableAdam(State):
         """Return the learning rate if it is a schedule or a callable, which a compiled step keeps; else None."""
         return self._learning_rate if hyperparameters.is_dynamic(self._learning_rate) else None
 
-    def _rows_of(self, gradient) -> Rows | None:
-        """Return the rows of a sparse gradient if only they are to be updated."""
-        if not self.lazy or self._overrides_update_step():
-            return None
-        found = self._sparse_rows(gradient)
-        return found and found.map(lambda values: ops.cast(values, compute_dtype(values.dtype)))
+    def _densify_all(self, grads):
+        """Return sparse gradients as dense ones, or as rows if only these are to be updated."""
+        if self.lazy and not self._overrides_update_step():
+            return [self._sparse_rows(g) or self._densify(g) for g in grads]
+        return [self._densify(g) for g in grads]
 
-    def _unscale(self, gradient):
-        return ops.cast(gradient, compute_dtype(gradient.dtype)) / self.loss_scale_factor
+    def _unscale(self, values):
+        return [_widened(x) / self.loss_scale_factor for x in values]
 
     def _backend_apply_gradients(self, grads, trainable_variables, absent=()):
         grads = self._reduce(grads)
@@ -197,30 +196,23 @@ class PortableAdam(State):
             self.assign(accumulator, total)
 
     def _clip_gradients(self, grads):
-        # Norms in float32: the square of 256 is infinite in float16.
-        if self.clipnorm:
-            return [self._scale_to_norm(g, _norm([g]), self.clipnorm) for g in grads]
-        if self.global_clipnorm:
-            norm = _norm(grads)
-            return [self._scale_to_norm(g, norm, self.global_clipnorm) for g in grads]
-        if self.clipvalue:
-            limits = {"x_min": -self.clipvalue, "x_max": self.clipvalue}
-            clip = functools.partial(ops.clip, **limits)
-            return [g if g is None else map_values(clip, g) for g in grads]
-        return grads
+        if not (self.clipnorm or self.global_clipnorm or self.clipvalue):
+            return grads
+        return map_values(self._clip, grads)
 
-    @staticmethod
-    def _scale_to_norm(gradient, norm, limit):
-        if gradient is None:
-            return None
-        dtype = compute_dtype(gradient.dtype)
-        limit = ops.convert_to_tensor(limit, norm.dtype)
-        factor = ops.cast(limit / rule.maximum(limit, norm), dtype)
-        return map_values(lambda values: ops.cast(values, dtype) * factor, gradient)
+    def _clip(self, values):
+        # Norms in float32: the square of 256 is infinite in float16.
+        values = [_widened(x) for x in values]
+        if self.clipnorm:
+            return [_scaled_to_norm(x, _norm([x]), self.clipnorm) for x in values]
+        if self.global_clipnorm:
+            norm = _norm(values)
+            return [_scaled_to_norm(x, norm, self.global_clipnorm) for x in values]
+        return [ops.clip(x, -self.clipvalue, self.clipvalue) for x in values]
 
     def _update(self, grads, variables) -> None:
         learning_rate = self.learning_rate
-        whole = [not isinstance(g, Rows) for g in grads]
+        whole = [not isinstance(g, Rows) for g in grads] if self.lazy else []
         if all(whole):
             self._backend_update_step(grads, variables, learning_rate)
         else:
@@ -417,17 +409,25 @@ class PortableAdam(State):
             update()
 
 
-def _norm(grads):
-    values = [values_of(g) for g in grads if g is not None]
-    squares = [ops.sum(ops.square(ops.cast(x, compute_dtype(x.dtype)))) for x in values]
+def _widened(values):
+    return ops.cast(values, compute_dtype(values.dtype))
+
+
+def _norm(values):
+    squares = [ops.sum(ops.square(x)) for x in values]
     wide = any(compute_dtype(x.dtype) == "float64" for x in squares)
     return ops.sqrt(sum(ops.cast(x, "float64" if wide else "float32") for x in squares))
 
 
+def _scaled_to_norm(values, norm, limit):
+    limit = ops.convert_to_tensor(limit, norm.dtype)
+    return values * ops.cast(limit / rule.maximum(limit, norm), values.dtype)
+
+
 def _check_shapes(grads, variables) -> None:
+    if [g.shape for g in grads] == [v.shape for v in variables]:
+        return
     for gradient, variable in zip(grads, variables, strict=True):
-        if gradient.shape == variable.shape:
-            continue
         shape = tuple(gradient.shape)
         if shape != tuple(variable.shape) and None not in shape:
             raise ValueError(

@@ -162,7 +162,8 @@ def test_against_one_reference_per_variable(common, rest, groups, changes, seed)
             if when == step and which < len(listed):
                 values = dict(values)
                 is_default = listed[which] is oracles[0][1]
-                if is_default:
+                own = {**listed[which].options, **values}["learning_rate"]
+                if is_default or own is not None:  # it would be without effect, and is refused
                     values.pop("learning_rate_multiplier", None)
                 optimizer.param_groups[which].update(values)
                 if is_default:  # its rate is the optimizer's
@@ -200,10 +201,13 @@ def test_config_makes_an_equal_optimizer(common, groups, changes):
         **common, param_groups=[{"params": g["params"], **g["options"]} for g in groups]
     )
     optimizer.build(variables)
+    rates = [g["options"].get("learning_rate") for g in groups]
     for (_, which), values in changes.items():
         if which < len(groups):
-            if "learning_rate" in values:  # without effect beside a rate of the group's own
-                values = {**values, "learning_rate_multiplier": 1}
+            values = dict(values)
+            rates[which] = values.get("learning_rate", rates[which])
+            if rates[which] is not None:  # it would be without effect, and is refused
+                values.pop("learning_rate_multiplier", None)
             optimizer.param_groups[which].update(values)
     again = keras_adam.Adam.from_config(optimizer.get_config())
     again.build(variables)

@@ -125,7 +125,49 @@ class Backend:
         value = variable.value
         self._host_values[id(variable)] = (id(value), value._version), number
 
-    # Accumulation and averages
+    # What is done to all gradients or averages, by PyTorch's functions of lists
+
+    def _densify_all(self, grads):
+        if all(type(g) is torch.Tensor and g.layout is torch.strided for g in grads):
+            return grads
+        return super()._densify_all(grads)
+
+    def _unscale(self, values):
+        return torch._foreach_div(_widened(values), self.loss_scale_factor)
+
+    def _clip(self, values):
+        values = _widened(values)
+        if len({(x.dtype, x.device) for x in values}) != 1:
+            return super()._clip(values)
+        if self.clipnorm:
+            norms = torch.stack(torch._foreach_norm(values))
+            return torch._foreach_mul(values, (self.clipnorm / norms).clamp_(max=1.0).unbind())
+        if self.global_clipnorm:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(values)))
+            return torch._foreach_mul(values, (self.global_clipnorm / norm).clamp_(max=1.0))
+        values = torch._foreach_clamp_min(values, -self.clipvalue)
+        return torch._foreach_clamp_max(values, self.clipvalue)
+
+    def _has_started(self, start):
+        count = self._read(self._iterations) // (self.gradient_accumulation_steps or 1)
+        return count != (0 if start is None else self._read(self._starts[start]))
+
+    def _update_model_variables_moving_average(self, trainable_variables):
+        if self._iterations.value is not self._iterations._value:
+            super()._update_model_variables_moving_average(trainable_variables)
+            return
+        going_on: tuple[list, list] = [], []
+        first: tuple[list, list] = [], []
+        for variable, average, started in self._averages_of(trainable_variables):
+            averages, values = going_on if started else first
+            averages.append(average._value)
+            values.append(variable._value)
+        if going_on[0]:
+            torch._foreach_lerp_(*_alike(*going_on), rule.complement(self.ema_momentum))
+        if first[0]:  # the first update sets the average
+            torch._foreach_copy_(*first)
+
+    # Accumulation
 
     def _is_due(self, iterations, every):
         count = self._read(self._iterations)
@@ -200,6 +242,17 @@ class Backend:
     def _when(self, condition, update: Callable[[], None]) -> None:
         if condition:
             update()
+
+
+def _alike(targets, values):
+    return targets, [
+        v if v.dtype is t.dtype else v.to(t.dtype) for t, v in zip(targets, values, strict=True)
+    ]
+
+
+def _widened(values):
+    values = [keras.ops.convert_to_tensor(x) for x in values]
+    return [x.float() if x.dtype.itemsize < 4 else x for x in values]
 
 
 class _Tensors:
