@@ -5,6 +5,7 @@
 PYTHON ?= python3
 KERAS_BACKEND ?= jax
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # Two test processes with one thread each: two threads in each of two processes wait for each other.
 TEST_JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -20,6 +21,7 @@ INSTALL_torch := torch
 INSTALL_demo := -e '.[demo]'
 INSTALL_test := -e '.[test]'
 INSTALL_lint := -e '.[lint]'
+INSTALL_bench := -e . -r benchmarks/requirements.txt
 
 # TensorFlow greets on stderr at every import; errors still show.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
@@ -28,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .DEFAULT_GOAL := help
 # Two pips must not write to one environment.
 .NOTPARALLEL:
-.PHONY: help demo test $(BACKENDS:%=test-%) lint format clean backend-is-known
+.PHONY: help demo test $(BACKENDS:%=test-%) bench lint format clean backend-is-known
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [KERAS_BACKEND=jax|tensorflow|torch] [PYTHON=python3.12] [PYTEST_ARGS=...]"
@@ -54,6 +56,13 @@ test: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests under each back
 # compare with a framework's own optimizer.
 $(BACKENDS:%=test-%): test-%: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test
 	KERAS_BACKEND=$* $(PYTEST)
+
+# Keep the machine idle meanwhile. `make bench BENCH_ARGS=--quick` shows in a minute that all works.
+bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other optimizers; writes benchmarks/results.md
+	@set -e; trap 'exit 130' INT; for backend in $(BACKENDS); do \
+	  KERAS_BACKEND=$$backend $(PY) benchmarks/run.py --out benchmarks/results-$$backend.json $(BENCH_ARGS); \
+	done
+	$(PY) benchmarks/report.py
 
 lint: $(STAMPS)/lint  ## check format, style and types
 	$(PY) -m ruff format --check .
@@ -81,7 +90,7 @@ $(STAMPS)/venv:
 	$(PYTHON) -m venv .venv
 	@mkdir -p $(STAMPS) && touch $@
 
-$(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint: \
+$(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/bench: \
     $(STAMPS)/%: $(STAMPS)/venv pyproject.toml constraints.txt
 	$(PY) -m pip install -c constraints.txt $(INSTALL_$*)
 	@touch $@
