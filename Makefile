@@ -75,7 +75,7 @@ format: $(STAMPS)/lint  ## format and sort imports
 
 clean:  ## remove .venv and everything else that these targets made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
-	rm -f digits.keras digits.png
+	rm -f digits.keras digits.png continue_from_pytorch.png
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 backend-is-known:

@@ -280,34 +280,32 @@ class ParamGroup(Mapping):
         return ops.convert_to_numpy(self.stored)
 
 
-def parse(optimizer, index: int, spec: Mapping[str, Any], default: ParamGroup) -> ParamGroup:
-    """Make a group of a user's dictionary; what it does not say is as in `default`."""
+def parse(optimizer, label: str, spec: Mapping[str, Any], default: ParamGroup) -> ParamGroup:
+    """Make a group of a user's dictionary, the argument `label`; what it does not say is as in `default`."""
     if not isinstance(spec, Mapping) or "params" not in spec:
         raise ValueError(
-            f"`param_groups[{index}]` must be a dictionary with the key 'params'. Received: {spec!r}"
+            f"`{label}` must be a dictionary with the key 'params'. Received: {spec!r}"
         )
     spec = dict(spec)
     selected = spec.pop("selected", None)  # from `get_config`
     given = {_PYTORCH_NAMES.get(name, name): value for name, value in spec.items()}
     betas_twice = "betas" in given and not {"beta_1", "beta_2"}.isdisjoint(given)
     if len(given) != len(spec) or betas_twice:
-        raise ValueError(
-            f"`param_groups[{index}]` gives an option under two names. Received: {spec!r}"
-        )
+        raise ValueError(f"`{label}` gives an option under two names. Received: {spec!r}")
     if "betas" in given:
-        given["beta_1"], given["beta_2"] = check_pair(given.pop("betas"), index)
+        given["beta_1"], given["beta_2"] = check_pair(given.pop("betas"), label)
     known = ("params", *NUMERIC, *rule.Options._fields)
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ValueError(
-                f"`param_groups[{index}]` has an unknown option '{name}'.{hint} Known are: {', '.join(known)}. "
+                f"`{label}` has an unknown option '{name}'.{hint} Known are: {', '.join(known)}. "
                 f"Received: {name}={given[name]!r}"
             )
     if given.get("learning_rate") is not None and "learning_rate_multiplier" in given:
         raise ValueError(
-            f"`param_groups[{index}]` must have `learning_rate` or `learning_rate_multiplier`, not both. "
+            f"`{label}` must have `learning_rate` or `learning_rate_multiplier`, not both. "
             f"Received: {spec!r}"
         )
     inherited = {name: default.own(name) for name in NUMERIC[2:]}
@@ -315,9 +313,9 @@ def parse(optimizer, index: int, spec: Mapping[str, Any], default: ParamGroup) -
         numeric = {**inherited, **{k: v for k, v in given.items() if k in NUMERIC}}
         choices = {k: v for k, v in given.items() if k in rule.Options._fields}
         options = check_options(default.options, choices)
-        group = ParamGroup(optimizer, numeric, options, _check_selector(index, given["params"]))
+        group = ParamGroup(optimizer, numeric, options, _check_selector(given["params"]))
     except (TypeError, ValueError) as error:
-        raise type(error)(f"In `param_groups[{index}]`: {error}") from None
+        raise type(error)(f"In `{label}`: {error}") from None
     group.selected = selected
     return group
 
@@ -344,10 +342,10 @@ def check_options(default: rule.Options, choices: dict[str, Any]) -> rule.Option
     )
 
 
-def check_pair(betas: Any, index: int | None = None) -> tuple[Any, Any]:
+def check_pair(betas: Any, label: str | None = None) -> tuple[Any, Any]:
     """Return PyTorch's `betas` as a pair."""
     if not isinstance(betas, Iterable) or len(pair := tuple(betas)) != 2:
-        where = "" if index is None else f" of `param_groups[{index}]`"
+        where = "" if label is None else f" of `{label}`"
         raise ValueError(f"`betas`{where} must be a pair of numbers. Received: betas={betas!r}")
     return pair
 
@@ -493,7 +491,7 @@ def _is_variable(item: Any) -> bool:
     return isinstance(item, keras.Variable) or (hasattr(item, "assign") and hasattr(item, "name"))
 
 
-def _check_selector(index: int, selector: Any) -> Any:
+def _check_selector(selector: Any) -> Any:
     items = _flatten(selector)
     if not items:
         raise ValueError(f"`params` must select something. Received: params={selector!r}")

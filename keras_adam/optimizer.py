@@ -236,6 +236,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
 
         Raises:
             ValueError: If the optimizer is already built.
+            TypeError: If `var_names` is a string.
         """
         if self._known:
             raise ValueError(
@@ -297,10 +298,8 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         optimizer = cls(**config)
         for spec in added:
             spec = _deserialize(spec, groups.NUMERIC, custom_objects)
-            number = len(optimizer._groups)
-            optimizer._groups.append(
-                groups.parse(optimizer, number, spec, optimizer._default_group)
-            )
+            label = f"param_groups[{len(optimizer._groups)}]"
+            optimizer._groups.append(groups.parse(optimizer, label, spec, optimizer._default_group))
         if exclusions:
             optimizer._decay_exclusions.add_config(exclusions)
         return optimizer
@@ -356,7 +355,10 @@ class AdamW(Adam):
     def with_torch_arguments(
         cls, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, amsgrad=False, **options
     ):
-        """Return an optimizer that computes what `torch.optim.AdamW` does; the arguments are as for `Adam`."""
+        """Return an optimizer that computes what `torch.optim.AdamW` does; the arguments are those of `Adam`.
+
+        The defaults are PyTorch's for AdamW: `weight_decay=0.01`, and `decoupled_weight_decay=True`.
+        """
         options = {"decoupled_weight_decay": True, **options}
         return super().with_torch_arguments(lr, betas, eps, weight_decay, amsgrad, **options)
 

@@ -64,7 +64,10 @@ class State(keras.optimizers.Optimizer):
             raise TypeError(
                 f"`param_groups` must be a list of dictionaries. Received: param_groups={param_groups!r}"
             )
-        parsed = [groups.parse(self, i, spec, default) for i, spec in enumerate(param_groups or [])]
+        parsed = [
+            groups.parse(self, f"param_groups[{i}]", spec, default)
+            for i, spec in enumerate(param_groups or [])
+        ]
         self.__dict__["_groups"] = [*parsed, default]
 
     @property
@@ -90,7 +93,7 @@ class State(keras.optimizers.Optimizer):
             ValueError: If an option is unknown or out of range, a variable has a group already, or nothing is
             selected.
         """
-        group = groups.parse(self, len(self._groups), param_group, self._default_group)
+        group = groups.parse(self, "param_group", param_group, self._default_group)
         named = groups.named_variables(group.selector) if self._known else None
         if named is not None:
             _check_trainable(named)

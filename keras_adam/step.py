@@ -92,7 +92,8 @@ class PortableAdam(State):
                 f"The optimizer was built for {len(self._trainable_variables)} variables. Received: "
                 f"{len(trainable_variables)} trainable variables. If layers were unfrozen since, call "
                 "`optimizer.add_param_group({'params': layer_or_variables})`; if layers were frozen, "
-                "`optimizer.build(model.trainable_variables)`; the state stays"
+                "`optimizer.build(model.trainable_variables)`; the state stays. If this comes from `fit`, Keras has "
+                "emptied the model meanwhile: load its weights again"
             )
         for variable in self._trainable_variables:
             if not variable.trainable:
@@ -343,17 +344,34 @@ class PortableAdam(State):
     def finalize_variable_values(self, var_list) -> None:
         """End a training, as Keras's `fit` does: overwrite the variables with their averages, if there are any.
 
+        Args:
+            var_list: List of the model's trainable variables.
+
         Raises:
-            ValueError: If the learning rate became a schedule, or another one, after the train step was compiled,
-                which therefore did not follow it.
+            ValueError: If the train step was compiled before the learning rate became a schedule, or another one, or
+                before a group of these variables was added, so that it knew nothing of that.
         """
         super().finalize_variable_values(var_list)
+        self._check_joined(var_list)
         if self._traced and self._traced_rate is not self._dynamic_rate():
             raise ValueError(
                 "`learning_rate` was made a schedule, or another one, after the train step was compiled, so that the "
                 "steps just made did not follow it. Compile the model again after setting it. "
                 f"Received: learning_rate={self._learning_rate}"
             )
+
+    def _check_joined(self, variables) -> None:
+        """Raise if there were steps since some of the variables joined, and none knew of them."""
+        met = set().union(*self._checked_lists)
+        for variable in variables:
+            if not self._traced or id(variable) in met or not self._is_known(variable):
+                continue
+            start = self._start_of[self._get_variable_index(variable)]
+            if start is not None and int(self._starts[start]) < int(self.iterations):
+                raise ValueError(
+                    f"'{path_of(variable)}' was not trained: the train step was compiled before its group was added. "
+                    "Compile the model again after `add_param_group`."
+                )
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables) -> None:
         self._check_variables_are_known(trainable_variables)

@@ -54,6 +54,10 @@ class TorchVocabulary(State):
             param_groups: As in the constructor. Defaults to `None`.
             **keras_options: Any other argument of the constructor, such as `clipnorm` or `use_ema`.
 
+        Raises:
+            ValueError: If an argument is out of its range.
+            TypeError: If an argument is unknown or of a kind that cannot serve.
+
         Example:
             >>> import keras_adam
             >>> keras_adam.Adam.with_torch_arguments(lr=3e-4, weight_decay=0.01).epsilon

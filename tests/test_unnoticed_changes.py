@@ -64,6 +64,26 @@ def test_number_set_after_a_group_was_added_without_compiling():
     assert optimizer.param_groups[0]["beta_1"] == 0.5
 
 
+def test_group_added_without_compiling():
+    """On TensorFlow the compiled train step goes on without the new variables; elsewhere it meets them."""
+    optimizer = keras_adam.Adam(0.01)
+    model = two_equal_layers(optimizer)
+    first = model.get_layer("first")
+    first.trainable = False
+    model.compile(optimizer, loss="mse")
+    fit(model)
+    first.trainable = True
+    optimizer.add_param_group({"params": first})
+    before = first.get_weights()
+    if BACKEND == "tensorflow":
+        with pytest.raises(ValueError, match="'first/kernel' was not trained.*Compile the model"):
+            fit(model)
+        model.compile(optimizer, loss="mse")
+    fit(model, epochs=0)
+    fit(model)
+    assert np.abs(first.get_weights()[0] - before[0]).max() > 1e-3
+
+
 @only_compiled
 def test_schedule_set_without_compiling():
     optimizer = keras_adam.Adam(0.01)

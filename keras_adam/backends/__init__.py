@@ -2,7 +2,7 @@
 
 One module per backend, chosen once, when the package is imported; the others are never imported. Each holds a class
 `Backend`, a mixin in front of the portable optimizer, whose methods either bear the name of the Keras hook that they
-replace or are declared in `keras_adam.optimizer.PortableAdam`. No equation stands here: those are in `keras_adam.rule`.
+replace or are declared in `keras_adam.step.PortableAdam`. No equation stands here: those are in `keras_adam.rule`.
 """
 
 import keras

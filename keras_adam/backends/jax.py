@@ -1,4 +1,4 @@
-"""What JAX does its own way: branches that carry state."""
+"""What JAX does its own way: an eager step as one compiled call, and branches that carry state."""
 
 import functools
 from collections.abc import Callable
@@ -37,10 +37,8 @@ class Backend:
         super().__init__(*args, **kwargs)
 
     def apply(self, grads, trainable_variables=None):
-        """As one compiled call when called eagerly; operation by operation it would take a hundred times as long.
-
-        Nothing is donated: the caller may hold the arrays.
-        """
+        # As one compiled call when called eagerly; operation by operation it would take a hundred times as long.
+        # Nothing is donated: the caller may hold the arrays.
         grads = list(grads)
         if not grads or not self._may_compile(grads):
             super().apply(grads, trainable_variables)
