@@ -7,9 +7,14 @@ path of the variable that it belongs to; Keras passes over these.
 
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
+from keras import ops
 
 from keras_adam.paths import align
+
+# What an optimizer without the option does not save, and what then begins at zero.
+MAY_LACK = ("compensation", "skipped_steps")
 
 
 class Entry(NamedTuple):
@@ -39,7 +44,10 @@ class Saved(NamedTuple):
 def save(store, entries: list[Entry]) -> None:
     """Write the state into a Keras store."""
     for i, entry in enumerate(entries):
-        store[str(i)] = entry.variable.numpy()
+        # HDF5 has no bfloat16.
+        is_half = keras.backend.standardize_dtype(entry.variable.dtype) == "bfloat16"
+        value = ops.cast(entry.variable, "float32") if is_half else entry.variable
+        store[str(i)] = ops.convert_to_numpy(value)
         attributes = _attributes(store, str(i))
         if attributes is not None:
             attributes["role"], attributes["path"] = entry.role, entry.path
@@ -105,7 +113,7 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
     # A learning rate that was a number and is a schedule now, or the reverse, loses no moments.
     rate = ("learning_rate", "")
     for name in [*(e[:2] for e in entries), *files]:
-        if name != rate and name not in files:
+        if name != rate and name not in files and name[0] not in MAY_LACK:
             raise ValueError(
                 f"Optimizer '{owner}': the saved state lacks {_label(*name)}. Nothing was loaded."
             )
@@ -114,10 +122,22 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
                 f"Optimizer '{owner}': the saved state holds {_label(*name)}, which the optimizer does not have. "
                 "Nothing was loaded."
             )
-    return [(entry, files[entry[:2]]) for entry in entries if entry[:2] in files]
+    return [
+        (entry, files[entry[:2]] if entry[:2] in files else _zeros(entry))
+        for entry in entries
+        if entry[:2] in files or entry.role in MAY_LACK
+    ]
+
+
+def _zeros(entry: Entry) -> Saved:
+    return Saved(entry.role, entry.path, np.zeros(tuple(entry.variable.shape), "float32"))
 
 
 def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
+    lacking: list[tuple[Entry, Saved]] = []
+    if not any(s.role in MAY_LACK for s in saved) and len(saved) < len(entries):
+        lacking = [(entry, _zeros(entry)) for entry in entries if entry.role in MAY_LACK]
+        entries = [entry for entry in entries if entry.role not in MAY_LACK]
     # The learning rate, if it is a state variable, stands second, and what follows it in a file of Keras's Adam is the
     # state of a variable; so a file with one array more or less shows whether its learning rate was a schedule.
     has_rate = any(entry.role == "learning_rate" for entry in entries)
@@ -136,7 +156,7 @@ def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
                 f"Optimizer '{owner}': where it has {entry.label}, the saved state has "
                 f"{_label(s.role, s.path)}. Nothing was loaded."
             )
-    return list(zip(entries, saved, strict=True))
+    return [*zip(entries, saved, strict=True), *lacking]
 
 
 def _label(role: str, path: str) -> str:

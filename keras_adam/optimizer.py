@@ -76,6 +76,15 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             rate), `beta_1`, `beta_2`, `epsilon`, `weight_decay`, `amsgrad`, `decoupled_weight_decay`, `epsilon_hat`
             and `maximize`; PyTorch's `lr`, `betas` and `eps` serve too. Defaults to `None`: no groups.
 
+        state_dtype: Dtype of the moments, `"float32"` or `"bfloat16"`. In bfloat16 they are rounded so that they do not
+            stall: up as often as they are near the upper neighbour. Defaults to `None`: float32 for variables of half
+            precision, else the variable's own.
+        kahan_sum: Whether variables of half precision (bfloat16, float16) keep what rounding takes from them, in a
+            state variable of their dtype, so that steps smaller than their spacing add up. Other variables need no
+            such thing and have none. Defaults to `None`, which is as `True`; `False`: round to nearest.
+        skip_nonfinite: Whether a step whose gradients hold an infinity or a NaN changes nothing but
+            `optimizer.skipped_steps`; with `gradient_accumulation_steps`, that gradient is left out, and those
+            accumulated stay. On PyTorch this reads one number per step from the device. Defaults to `False`.
         lazy: Whether a sparse gradient (TensorFlow's `IndexedSlices`, as an embedding has it; JAX's `BCOO`; PyTorch's
             sparse tensors) updates only the rows that it touches, as `torch.optim.SparseAdam` does: the moments of the
             others do not decay, and weight decay leaves them alone. Not with `gradient_accumulation_steps`. Defaults
@@ -132,6 +141,9 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         epsilon_hat: bool = True,
         maximize: bool = False,
         param_groups: list[dict[str, Any]] | None = None,
+        state_dtype: str | None = None,
+        kahan_sum: bool | None = None,
+        skip_nonfinite: bool = False,
         lazy: bool = False,
     ):
         numeric = {
@@ -167,6 +179,16 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             ),
             name=name,
         )
+        self.state_dtype = hyperparameters.check_choice("state_dtype", state_dtype, _STATE_DTYPES)
+        self.kahan_sum = hyperparameters.check_choice("kahan_sum", kahan_sum, (None, True, False))
+        self.skip_nonfinite = hyperparameters.check_choice(
+            "skip_nonfinite", skip_nonfinite, (True, False)
+        )
+        self.skipped_steps = None
+        if self.skip_nonfinite:
+            self.skipped_steps = self.add_variable(
+                (), "zeros", dtype="int", aggregation="only_first_replica", name="skipped_steps"
+            )
         self.lazy = hyperparameters.check_choice("lazy", lazy, (True, False))
         if self.lazy and gradient_accumulation_steps:
             raise ValueError(
@@ -270,8 +292,9 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         for name, default in rule.Options._field_defaults.items():
             if name != "amsgrad" and getattr(self, name) != default:
                 config[name] = getattr(self, name)
-        if self.lazy:
-            config["lazy"] = True
+        for name, default in _OWN_OPTIONS.items():
+            if getattr(self, name) != default:
+                config[name] = getattr(self, name)
         if self._has_groups:
             of = self._groups.index(self._default_group)
             described = [
@@ -361,6 +384,11 @@ class AdamW(Adam):
         """
         options = {"decoupled_weight_decay": True, **options}
         return super().with_torch_arguments(lr, betas, eps, weight_decay, amsgrad, **options)
+
+
+_STATE_DTYPES = (None, "float32", "bfloat16")
+# Those that Keras's Adam does not have, besides those of the rule.
+_OWN_OPTIONS = {"state_dtype": None, "kahan_sum": None, "skip_nonfinite": False, "lazy": False}
 
 
 def _unset_learning_rate() -> float:

@@ -127,6 +127,57 @@ def adam_step(
     return p, Moments(m, v, s)
 
 
+# Half precision: a parameter of 8 or 11 bits is kept together with what rounding took from it.
+
+_DROPPED = {
+    "bfloat16": 16,
+    "float16": 13,
+}  # bits of float32's significand that the dtype does not have
+_SMALLEST = 2.0**-24  # spacing of float16 below its smallest normal number, 2^-14
+
+
+def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
+    """Return the float32 `x` with the precision of `dtype`, still as float32: to nearest, ties to even.
+
+    With `dither`, a number in [0, 1) that takes all values equally often, it goes up as often as `x` is near the upper
+    neighbour, so that steps smaller than the spacing add up on average.
+
+    By integer arithmetic: compilers take a cast there and back for nothing.
+    """
+    drop = _DROPPED[dtype]
+    bits = ops.view(x, "int32")
+    if dither is None:
+        up = 2 ** (drop - 1) - 1 + ops.bitwise_and(ops.bitwise_right_shift(bits, drop), 1)
+    else:
+        up = ops.cast(dither * 2**drop, "int32")
+    result = ops.view(ops.bitwise_and(bits + up, -(2**drop)), "float32")
+    if dtype == "float16":
+        small = x / _SMALLEST
+        small = ops.round(small) if dither is None else ops.floor(small + dither)
+        result = ops.where(ops.absolute(x) < 2.0**-14, small * _SMALLEST, result)
+    return result
+
+
+def dither(t: Tensor) -> Tensor:
+    """Return the `t`-th of 16,384 numbers in [0, 1) whose any run is spread evenly: multiples of the golden ratio."""
+    return ops.cast(ops.cast(t, "int32") % 16384 * 10125 % 16384, "float32") / 16384
+
+
+def joined(p: Tensor, lost: Tensor, dtype: str) -> Tensor:
+    """Return the parameter with what rounding to `dtype` took from it, both given as float32.
+
+    If `lost` is more than rounding can have taken, `p` has been set to something else since, and stands alone.
+    """
+    fits = rounded(p + 0.99 * lost, dtype) == p
+    return ops.where(fits, p + lost, p)
+
+
+def split(p: Tensor, dtype: str, dither: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the float32 `p` with the precision of `dtype`, and what that rounding took, as float32."""
+    kept = rounded(p, dtype)
+    return kept, rounded(p - kept, dtype, dither)
+
+
 def maximum(old: Tensor, new: Tensor) -> Tensor:
     """Return the greater, or a NaN in `new`; `ops.maximum` makes float32 of float64 on PyTorch."""
     return ops.where(old > new, old, new)

@@ -1,6 +1,7 @@
 """The state: which variables the optimizer knows, what it keeps of each, how that is saved and loaded."""
 
 import contextlib
+import math
 from typing import Any
 
 import keras
@@ -18,7 +19,12 @@ _ROLES = {
     "_momentums": "momentum",
     "_velocities": "velocity",
     "_velocity_hats": "velocity_hat",
+    "_compensations": "compensation",
 }
+_ATTRIBUTES = {role: attribute for attribute, role in _ROLES.items()}
+_ALWAYS = ("momentum", "velocity")
+HALF = ("bfloat16", "float16")
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 class State(keras.optimizers.Optimizer):
@@ -42,6 +48,13 @@ class State(keras.optimizers.Optimizer):
     _checked_lists: set[tuple[int, ...]]
     _has_groups: bool
     lazy: bool
+    state_dtype: str | None
+    kahan_sum: bool | None
+    skip_nonfinite: bool
+    skipped_steps: Any
+    _slot_dtype: (
+        str | None
+    )  # of the state variable that is being made, if it is not as its variable's
 
     def _init_groups(self, numeric, options, param_groups) -> None:
         """Set up what Keras's constructor does not know, before it runs."""
@@ -57,6 +70,7 @@ class State(keras.optimizers.Optimizer):
             _pending_state=None,
             _bucket_cache={},
             _checked_lists=set(),  # of variables, by identity, that are known not to hold an unknown one
+            _slot_dtype=None,
             _traced=False,  # whether a compiled step has been made, with today's options as its constants
             _traced_rate=None,  # the schedule or callable that the last one made holds as its learning rate
         )
@@ -189,29 +203,95 @@ class State(keras.optimizers.Optimizer):
         with self._outside_graph():
             joined = int(ops.convert_to_numpy(self.iterations)) if first else 0
         self._start_of.extend([self._add_start(joined) if joined else None] * len(variables))
-        if self.use_ema:
-            averages = self.add_optimizer_variables(variables, "average")
-            self._extend_slots("_model_variables_moving_average", averages)
+        wanted = [self._dtypes_of(v, group) for v, group in zip(variables, chosen, strict=True)]
+        # In the order of Keras's Adam, which makes both moments of one variable before those of the next.
+        for roles in (
+            ("average",),
+            ("gradient_accumulator",),
+            ("momentum", "velocity"),
+            ("velocity_hat",),
+            ("compensation",),
+        ):
+            made = [
+                [self._add_slot(v, role, dtypes.get(role)) for role in roles]
+                for v, dtypes in zip(variables, wanted, strict=True)
+            ]
+            for i, role in enumerate(roles):
+                slots = [of_variable[i] for of_variable in made]
+                attribute = _ATTRIBUTES[role]
+                if role in _ALWAYS or hasattr(self, attribute) or any(s is not None for s in slots):
+                    self._extend_slots(attribute, slots)
+        self._store_numbers()
+
+    def _dtypes_of(self, variable, group: ParamGroup) -> dict[str, str]:
+        """Return the dtype of each kind of state that a variable of the group has."""
+        wide = compute_dtype(variable.dtype)
+        dtypes = {}
         if self.gradient_accumulation_steps:
             # Also for variables that are overwritten with their gradient, which have no other state.
-            accumulators = [
-                self.add_variable_from_reference(v, "gradient_accumulator") for v in variables
-            ]
-            self._extend_slots("_accumulated_gradients", accumulators)
-        momentums, velocities = self.add_optimizer_variables(variables, ["momentum", "velocity"])
-        self._extend_slots("_momentums", momentums)
-        self._extend_slots("_velocities", velocities)
-        if any(group.options.amsgrad for group in chosen):
-            maxima = [
-                self.add_variable_from_reference(variable, "velocity_hat")
-                if group.options.amsgrad and momentum is not None
-                else None
-                for variable, momentum, group in zip(variables, momentums, chosen, strict=True)
-            ]
-            self._extend_slots("_velocity_hats", maxima)
-        elif hasattr(self, "_velocity_hats"):
-            self._extend_slots("_velocity_hats", [None] * len(variables))
-        self._store_numbers()
+            dtypes["gradient_accumulator"] = wide
+        if self._overwrite_variable_with_gradient(variable):
+            return dtypes
+        if self.use_ema:
+            dtypes["average"] = wide
+        dtypes["momentum"] = dtypes["velocity"] = self.state_dtype or wide
+        if group.options.amsgrad:
+            dtypes["velocity_hat"] = self.state_dtype or wide
+        own = keras.backend.standardize_dtype(variable.dtype)
+        if own in HALF and self.kahan_sum is not False:
+            dtypes["compensation"] = own
+        return dtypes
+
+    def _add_slot(self, variable, role: str, dtype: str | None):
+        if dtype is None:
+            return None
+        self._slot_dtype = dtype
+        try:
+            return self.add_variable_from_reference(variable, role)
+        finally:
+            self._slot_dtype = None
+
+    def state_size(self, variables=None) -> dict[str, int]:
+        """Return how many bytes of state each variable has, or would have; `sum(sizes.values())` is that of all.
+
+        Scalars, such as the count of iterations, are not counted.
+
+        Args:
+            variables: List of variables, such as `model.trainable_variables`; they need not be known. Defaults to those
+                that the optimizer was built with.
+
+        Returns:
+            A dictionary from `variable.path` to bytes.
+
+        Raises:
+            ValueError: If `variables` is None and the optimizer is not built.
+
+        Example:
+            >>> import keras, keras_adam
+            >>> weight = keras.Variable(keras.ops.zeros((10, 10)), name="weight")
+            >>> keras_adam.Adam().state_size([weight])
+            {'weight': 800}
+            >>> keras_adam.Adam(state_dtype="bfloat16").state_size([weight])
+            {'weight': 400}
+        """
+        if variables is None:
+            if not self._known:
+                raise ValueError(
+                    "`state_size` needs `variables`, as the optimizer is not built. Received: variables=None"
+                )
+            variables = self._known
+        sizes = {}
+        for variable in variables:
+            if self._is_known(variable):
+                group = self._group_of[self._trainable_variables_indices[self._var_key(variable)]]
+            else:
+                candidates = (
+                    g for g in self._selecting_groups() if groups.selects(g.selector, variable)
+                )
+                group = next(candidates, self._default_group)
+            bytes_each = sum(_BYTES[dtype] for dtype in self._dtypes_of(variable, group).values())
+            sizes[path_of(variable)] = bytes_each * math.prod(variable.shape)
+        return sizes
 
     def _add_start(self, joined: int) -> int:
         """Add the state variable that tells at which update some variables joined; return its index."""
@@ -263,7 +343,9 @@ class State(keras.optimizers.Optimizer):
 
     def add_variable(self, shape, initializer="zeros", dtype=None, **kwargs):
         """Add a state variable; one of half precision becomes float32, as a moment in bfloat16 stalls."""
-        if dtype is None or keras.backend.is_float_dtype(dtype):
+        if self._slot_dtype is not None:
+            dtype = self._slot_dtype
+        elif dtype is None or keras.backend.is_float_dtype(dtype):
             dtype = compute_dtype(dtype or keras.config.floatx())
         return super().add_variable(shape, initializer, dtype, **kwargs)
 
@@ -304,6 +386,8 @@ class State(keras.optimizers.Optimizer):
             for i, slot in enumerate(self._slots(attribute)):
                 start = self._start_of[i] if role == "momentum" else None
                 described[id(slot)] = (role, path_of(self._known[i]), start)
+        if self.skip_nonfinite:
+            described[id(self.skipped_steps)] = ("skipped_steps", "", None)
         other = ("other", "", None)
         frozen = {path_of(v) for v in self._known if not v.trainable}
         return [

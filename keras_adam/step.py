@@ -1,7 +1,7 @@
 """One step of the portable path, in `keras.ops`, one variable at a time.
 
-Its order: unscale by the loss scale; sum over replicas; accumulate; clip; decay and Adam; constraints; averages;
-iterations. Constraints and averages act only when an update happens.
+Its order: unscale by the loss scale; sum over replicas; check finiteness; accumulate; clip; decay and Adam;
+constraints; averages; iterations. Constraints and averages act only when an update happens.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from keras_adam import hyperparameters, rule
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
 from keras_adam.rows import Rows, map_values
-from keras_adam.state import State, compute_dtype, value_of
+from keras_adam.state import HALF, State, compute_dtype, value_of
 
 _MOST_LISTS = 16  # of variables for which buckets are remembered
 
@@ -32,6 +32,7 @@ class Bucket:
     positions: list[int]  # in the list of variables that `apply` got
     variables: list[Any]
     moments: list[rule.Moments]
+    compensations: list[Any]
     memory: Any = None  # what a backend wants to remember
 
 
@@ -71,13 +72,14 @@ class PortableAdam(State):
             if absent:
                 grads, variables = self._filter_empty_gradients(grads, variables)
             grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
+            is_done = True
             if grads:
                 grads = self._densify_all(grads)
                 _check_shapes(grads, variables)
                 if self.loss_scale_factor is not None:
                     grads = map_values(self._unscale, grads)
-                self._backend_apply_gradients(grads, variables, absent)
-        self._iterations.assign_add(1)
+                is_done = self._backend_apply_gradients(grads, variables, absent)
+        self._count(is_done)
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
         """Return new values of the trainable variables and of the optimizer's, given their values and the gradients.
@@ -151,11 +153,35 @@ class PortableAdam(State):
         grads = self._reduce(grads)
         if self.lazy:
             grads = [g.summed() if isinstance(g, Rows) else g for g in grads]
-        if self.gradient_accumulation_steps:
-            self._accumulate(grads, trainable_variables, absent)
+
+        def act():
+            if self.gradient_accumulation_steps:
+                self._accumulate(grads, trainable_variables, absent)
+            else:
+                self._update(self._clip_gradients(grads), trainable_variables)
+                self._update_averages()
+
+        if not self.skip_nonfinite:
+            act()
+            return True
+        is_finite = self._are_finite([g.values if isinstance(g, Rows) else g for g in grads])
+        self._when(is_finite, act)
+        return is_finite
+
+    def _are_finite(self, values):
+        """Whether no value is infinite or NaN."""
+        return ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in values]))
+
+    def _count(self, is_done) -> None:
+        """Count this call of `apply` as a step, or as a skipped one."""
+        if is_done is True:
+            self._iterations.assign_add(1)
+        elif is_done is False:
+            self.skipped_steps.assign_add(1)
         else:
-            self._update(self._clip_gradients(grads), trainable_variables)
-            self._update_averages()
+            self._iterations.assign_add(ops.cast(is_done, self._iterations.dtype))
+            skipped = ops.cast(ops.logical_not(is_done), self.skipped_steps.dtype)
+            self.skipped_steps.assign_add(skipped)
 
     def _accumulate(self, grads, variables, absent) -> None:
         """Add the gradients to the accumulators; when enough micro-steps have come together, update from their mean.
@@ -226,7 +252,8 @@ class PortableAdam(State):
                 update([g for g, _ in chosen], [v for _, v in chosen], learning_rate)
         for variable in variables:
             if variable.constraint is not None:
-                self.assign(variable, variable.constraint(value_of(variable)))
+                whole = self._read_parameter(variable)
+                self._write_parameter(variable, variable.constraint(whole))
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         self._portable_update_step(grads, trainable_variables, learning_rate)
@@ -250,14 +277,38 @@ class PortableAdam(State):
             read = functools.partial(self._take_rows, gradient.indices)
             write = functools.partial(self._put_rows, gradient.indices)
             gradient = gradient.rows()
+        p = self._read_parameter(variable, read)
         moments = rule.Moments(*(x if x is None else read(x, dtype) for x in slots))
-        p, moments = rule.adam_step(
-            ops.cast(gradient, dtype), read(variable, dtype), moments, scalars, group.options
-        )
-        write(variable, p)
+        p, moments = rule.adam_step(ops.cast(gradient, dtype), p, moments, scalars, group.options)
+        self._write_parameter(variable, p, write)
         for slot, value in zip(slots, moments, strict=True):
             if slot is not None:
-                write(slot, value)
+                kept = keras.backend.standardize_dtype(slot.dtype)
+                is_half = kept in HALF and dtype == "float32"
+                write(slot, rule.rounded(value, kept, self._dither()) if is_half else value)
+
+    def _read_parameter(self, variable, read=value_of):
+        """Return a variable's value in the dtype of the update, with what rounding took from it."""
+        dtype = compute_dtype(variable.dtype)
+        value, lost = read(variable, dtype), self._compensation_of(variable)
+        if lost is None:
+            return value
+        return rule.joined(value, read(lost, dtype), keras.backend.standardize_dtype(lost.dtype))
+
+    def _write_parameter(self, variable, value, write=None) -> None:
+        """Assign a value of the dtype of the update, and keep what rounding takes from it."""
+        write, lost = write or self.assign, self._compensation_of(variable)
+        if lost is not None:
+            dtype = keras.backend.standardize_dtype(lost.dtype)
+            value, rest = rule.split(value, dtype, self._dither())
+            write(lost, rest)
+        write(variable, value)
+
+    def _compensation_of(self, variable):
+        return self._slots("_compensations")[self._get_variable_index(variable)]
+
+    def _dither(self):
+        return rule.dither(self._iterations)
 
     def _buckets(self, variables) -> list[Bucket]:
         """Group variables that one kernel can update together; computed once for the same list of variables."""
@@ -285,7 +336,8 @@ class PortableAdam(State):
         chosen = [variables[i] for i in positions]
         moments = [self._moments_of(self._get_variable_index(v)) for v in chosen]
         group, start, dtype, decays, _ = kind
-        return Bucket(group, start, dtype, decays, positions, chosen, moments)
+        lost = [self._compensation_of(v) for v in chosen]
+        return Bucket(group, start, dtype, decays, positions, chosen, moments, lost)
 
     def _overrides_update_step(self) -> bool:
         """Whether a subclass has an `update_step` of its own, which no fast path may pass over."""
@@ -329,7 +381,7 @@ class PortableAdam(State):
         for variable, average, started in self._averages_of(trainable_variables):
             # The first update sets the average.
             keep = ops.cast(started, average.dtype) * self.ema_momentum
-            value = value_of(variable, average.dtype)
+            value = ops.cast(self._read_parameter(variable), average.dtype)
             self.assign(average, keep * value_of(average) + (1 - keep) * value)
 
     def _has_started(self, start: int | None):
@@ -339,7 +391,7 @@ class PortableAdam(State):
         # What was frozen since has no update from here either.
         trained = [v for v in self._trainable_variables if v.trainable]
         for variable, average, _ in self._averages_of(trained):
-            self.assign(variable, ops.copy(value_of(average, variable.dtype)))
+            self._write_parameter(variable, ops.copy(value_of(average)))
 
     def finalize_variable_values(self, var_list) -> None:
         """End a training, as Keras's `fit` does: overwrite the variables with their averages, if there are any.

@@ -76,7 +76,7 @@ def test_group_added_without_compiling():
     optimizer.add_param_group({"params": first})
     before = first.get_weights()
     if BACKEND == "tensorflow":
-        with pytest.raises(ValueError, match="first/kernel' was not trained.*Compile the model"):
+        with pytest.raises(ValueError, match=r"first/kernel' was not trained.*Compile the model"):
             fit(model)
         model.compile(optimizer, loss="mse")
     fit(model, epochs=0)

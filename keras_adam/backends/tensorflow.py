@@ -47,7 +47,7 @@ class Backend:
                 "`apply` must be called in a replica context, through `strategy.run(...)`, as only there "
                 "it is known which replica's gradients `grads` are."
             )
-        super()._backend_apply_gradients(grads, trainable_variables, absent)
+        return super()._backend_apply_gradients(grads, trainable_variables, absent)
 
     def _reduce(self, grads):
         context = tf.distribute.get_replica_context()

@@ -64,7 +64,8 @@ class Backend:
         return (
             tensors.serve
             and bucket.group.options.amsgrad != "corrected"
-            and all(g.dtype is tensors.dtype and g.device == tensors.device for g in grads)
+            and all(g.device == tensors.device for g in grads)
+            and (tensors.is_half or all(g.dtype is tensors.dtype for g in grads))
         )
 
     def _fused_step(self, bucket, grads, learning_rate, iterations: int) -> None:
@@ -78,8 +79,12 @@ class Backend:
         if options.epsilon_hat:
             epsilon = rule.epsilon_of_algorithm_1(epsilon, now["beta_2"], t)
         tensors.step.fill_(t)
+        parameters = tensors.parameters
+        if tensors.is_half:
+            whole, parameters = tensors.widened()
+            grads = _widened(grads)
         _FUSED[options.decoupled_weight_decay](
-            tensors.parameters,
+            parameters,
             [g if g.is_contiguous() else g.contiguous() for g in grads],
             tensors.m,
             tensors.v,
@@ -93,6 +98,8 @@ class Backend:
             amsgrad=bool(options.amsgrad),
             maximize=options.maximize,
         )
+        if tensors.is_half:
+            tensors.narrow(whole, self._dither())
 
     def _numbers_of(self, group, learning_rate) -> dict[str, float]:
         """Return the group's numbers on the host; they are read from the device only after they were changed."""
@@ -148,6 +155,10 @@ class Backend:
         values = torch._foreach_clamp_min(values, -self.clipvalue)
         return torch._foreach_clamp_max(values, self.clipvalue)
 
+    def _are_finite(self, values):
+        # The one thing that is read from the device in a step, as by PyTorch's own `GradScaler`.
+        return bool(torch.stack(torch._foreach_norm(values, float("inf"))).isfinite().all())
+
     def _has_started(self, start):
         count = self._read(self._iterations) // (self.gradient_accumulation_steps or 1)
         return count != (0 if start is None else self._read(self._starts[start]))
@@ -158,10 +169,11 @@ class Backend:
             return
         going_on: tuple[list, list] = [], []
         first: tuple[list, list] = [], []
+        has_lost = any(x is not None for x in self._slots("_compensations"))
         for variable, average, started in self._averages_of(trainable_variables):
             averages, values = going_on if started else first
             averages.append(average._value)
-            values.append(variable._value)
+            values.append(self._read_parameter(variable) if has_lost else variable._value)
         if going_on[0]:
             torch._foreach_lerp_(*_alike(*going_on), rule.complement(self.ema_momentum))
         if first[0]:  # the first update sets the average
@@ -265,11 +277,45 @@ class _Tensors:
         self.s = [moments.s.value for moments in bucket.moments if moments.s is not None]
         first = self.parameters[0]
         self.dtype, self.device = first.dtype, first.device
+        self.is_half = self.dtype.itemsize < 4
+        wide = torch.float32 if self.is_half else self.dtype
+        self.lost = [x.value for x in bucket.compensations if x is not None]
         self.step = torch.zeros((), dtype=torch.float32, device=self.device)
         self.steps = [self.step] * len(self.parameters)
-        everything = (*self.parameters, *self.m, *self.v, *self.s)
+        state = (*self.m, *self.v, *self.s)
         # The kernel walks through memory, all tensors in step, and knows one dtype at a time.
-        self.serve = self.device.type in _FUSED_DEVICES and all(
-            x.dtype is self.dtype and x.device == self.device and x.is_contiguous()
-            for x in everything
+        self.serve = (
+            self.device.type in _FUSED_DEVICES
+            and all(x.dtype is wide for x in state)
+            and all(x.dtype is self.dtype for x in self.parameters)
+            and all(
+                x.device == self.device and x.is_contiguous() for x in (*self.parameters, *state)
+            )
         )
+
+    # Variables of half precision are updated in float32, all in one piece of memory.
+
+    def widened(self):
+        """Return the parameters in float32, with what rounding took from them: in one piece, and each."""
+        whole = self._in_one_piece(self.parameters)
+        if self.lost:
+            whole = rule.joined(whole, self._in_one_piece(self.lost), self._name)
+        return whole, self._each(whole)
+
+    def narrow(self, whole, dither) -> None:
+        """Give the parameters their new values, and keep what rounding takes from them."""
+        if self.lost:
+            whole, rest = rule.split(whole, self._name, dither)
+            torch._foreach_copy_(self.lost, self._each(rest))
+        torch._foreach_copy_(self.parameters, self._each(whole))
+
+    @property
+    def _name(self) -> str:
+        return keras.backend.standardize_dtype(self.dtype)
+
+    def _in_one_piece(self, tensors):
+        return torch.cat([x.reshape(-1) for x in tensors]).float()
+
+    def _each(self, whole):
+        parts = whole.split([x.numel() for x in self.parameters])
+        return [part.view(x.shape) for part, x in zip(parts, self.parameters, strict=True)]
