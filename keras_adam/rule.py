@@ -159,8 +159,11 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
 
 
 def dither(t: Tensor) -> Tensor:
-    """Return the `t`-th of 16,384 numbers in [0, 1) whose any run is spread evenly: multiples of the golden ratio."""
-    return ops.cast(ops.cast(t, "int32") % 16384 * 10125 % 16384, "float32") / 16384
+    """Return the `t`-th of 10,946 numbers in [0, 1), any run of which is spread evenly.
+
+    They are multiples of the golden ratio modulo 1, from two neighbouring Fibonacci numbers.
+    """
+    return ops.cast(ops.cast(t % 10946, "int32") * 6765 % 10946, "float32") / 10946
 
 
 def joined(p: Tensor, lost: Tensor, dtype: str) -> Tensor:

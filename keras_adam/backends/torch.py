@@ -157,7 +157,9 @@ class Backend:
 
     def _are_finite(self, values):
         # The one thing that is read from the device in a step, as by PyTorch's own `GradScaler`.
-        return bool(torch.stack(torch._foreach_norm(values, float("inf"))).isfinite().all())
+        values = [x for x in values if x.numel()]
+        largest = torch._foreach_norm(values, float("inf")) if values else [torch.zeros(())]
+        return bool(torch.stack(largest).isfinite().all())
 
     def _has_started(self, start):
         count = self._read(self._iterations) // (self.gradient_accumulation_steps or 1)

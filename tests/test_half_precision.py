@@ -1,0 +1,474 @@
+"""Variables of 8 or 11 bits: what float32 would do, to their precision, and what never gets lost."""
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+from keras import ops
+
+import helpers
+import keras_adam
+import reference
+from keras_adam import rule
+from models import BATCH, X, Y, make_model
+
+BACKEND = keras.backend.backend()
+HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a spacing, relative
+NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+half = pytest.mark.parametrize("dtype", HALF)
+
+
+def run_on(optimizer, dtype, starts, gradients):
+    variables = [keras.Variable(s, dtype=dtype, name=f"v{i}") for i, s in enumerate(starts)]
+    optimizer.build(variables)
+    step = stepper(optimizer, variables)
+    for arrays in gradients:
+        step([ops.convert_to_tensor(g, dtype=dtype) for g in arrays])
+    return variables
+
+
+def numbers(variable):
+    return np.array(ops.convert_to_numpy(ops.cast(variable, "float32")), "float64")
+
+
+def problem(dtype, steps, shapes=((5, 3), (7,), (), (0, 3))):
+    """Start values and gradients that `dtype` can hold."""
+    rng = np.random.default_rng(5)
+    as_held = lambda x: x.astype("float32").astype(NUMPY[dtype]).astype("float32")  # noqa: E731
+    starts = [as_held(rng.standard_normal(s)) for s in shapes]
+    return starts, [[as_held(rng.standard_normal(s) * 0.1) for s in shapes] for _ in range(steps)]
+
+
+# Rounding ---------------------------------------------------------------------------------------
+
+
+def numbers_to_round():
+    rng = np.random.default_rng(0)
+    spread = rng.standard_normal(3000) * 10.0 ** rng.uniform(-9, 4, 3000)
+    odd = [0.0, -0.0, 1.0, -1.0, 1 + 2.0**-9, 1 + 3 * 2.0**-9, 65504.0, 6e-8, 3e-8, np.inf, np.nan]
+    return np.array([*spread, *odd], "float32")
+
+
+def compiled(function):
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(function)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    return function
+
+
+@half
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_rounding_is_that_of_the_dtype(dtype, is_compiled):
+    x = numbers_to_round()
+
+    def rounded(x):
+        return rule.rounded(x, dtype)
+
+    function = compiled(rounded) if is_compiled else rounded
+    got = ops.convert_to_numpy(function(ops.convert_to_tensor(x)))
+    np.testing.assert_array_equal(got, x.astype(NUMPY[dtype]).astype("float32"))
+
+
+@half
+def test_dithered_rounding_is_right_on_average(dtype):
+    x = numbers_to_round()
+    x = x[np.isfinite(x) & (np.abs(x) < 6e4)]
+    total = np.zeros(x.shape)
+    for t in range(1000, 2024):
+        result = rule.rounded(
+            ops.convert_to_tensor(x), dtype, rule.dither(ops.convert_to_tensor(t))
+        )
+        result = ops.convert_to_numpy(result)
+        np.testing.assert_array_equal(result, result.astype(NUMPY[dtype]).astype("float32"))
+        total += result
+    spacing = np.maximum(2 * HALF[dtype] * np.abs(x), 2.0**-24 if dtype == "float16" else 0)
+    assert np.all(np.abs(total / 1024 - x) <= 0.005 * spacing)
+
+
+def test_dither_is_spread_evenly():
+    values = [float(rule.dither(ops.convert_to_tensor(t))) for t in range(10946, 10946 + 512)]
+    counts, _ = np.histogram(values, bins=16, range=(0, 1))
+    assert counts.min() >= 30
+    assert counts.max() <= 34
+
+
+# Against float64 --------------------------------------------------------------------------------
+
+OPTIONS = {
+    "default": {},
+    "L2": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "decoupled": {"weight_decay": 0.1},
+    "amsgrad": {"amsgrad": True},
+    "corrected": {"amsgrad": "corrected"},
+    "pytorch": {"epsilon_hat": False, "epsilon": 1e-8},
+    "maximize": {"maximize": True},
+    "clipnorm": {"clipnorm": 0.1},
+    "global_clipnorm": {"global_clipnorm": 0.1},
+    "ema": {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 5},
+    "accumulation": {"gradient_accumulation_steps": 2},
+}
+
+
+@half
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_hundred_steps_far_below_the_spacing(dtype, name):
+    """Steps of 1e-4 on values of order 1, where the spacing is 8e-3 or 1e-3.
+
+    The end may be off by half a spacing, which the variable cannot hold, and by what is lost beyond the compensation:
+    2^-16 of the value, or less, in each step, which cancels.
+    """
+    options = {"learning_rate": 1e-4, **OPTIONS[name]}
+    starts, gradients = problem(dtype, 200)
+    variables = run_on(keras_adam.Adam(**options), dtype, starts, gradients)
+    expected = reference.Adam(starts, **options)
+    for g in gradients:
+        expected.step(g)
+    for variable, want in zip(variables, expected.parameters, strict=True):
+        np.testing.assert_allclose(numbers(variable), want, rtol=1.02 * HALF[dtype], atol=3e-5)
+
+
+@half
+def test_one_hundred_thousand_steps(dtype):
+    """On a weight of 1.0, each of 1e-5: it ends at 0.0. Rounded to nearest, it would stay at 1.0."""
+    steps = 100_000 if BACKEND != "torch" else 5_000  # which takes each in Python
+    rate = 1.0 / steps * 0.9
+
+    def final(**options):
+        variable = keras.Variable(1.0, dtype=dtype)
+        optimizer = keras_adam.Adam(rate, **options)
+        optimizer.build([variable])
+        gradient = ops.ones((), dtype)
+        if BACKEND == "jax":
+            import jax
+
+            def body(i, carry):
+                values, state = optimizer.stateless_apply(carry[1], [gradient], carry[0])
+                return list(values), list(state)
+
+            start = [variable.value], [v.value for v in optimizer.variables]
+            values, _ = jax.jit(lambda c: jax.lax.fori_loop(0, steps, body, c))(start)
+            return float(values[0])
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            @tf.function
+            def loop():
+                for _ in tf.range(steps):
+                    optimizer.apply([gradient], [variable])
+
+            loop()
+        else:
+            for _ in range(steps):
+                optimizer.apply([gradient], [variable])
+        return float(numbers(variable))
+
+    assert final() == pytest.approx(0.1, rel=0.01)
+    assert final(state_dtype="bfloat16") == pytest.approx(0.1, rel=0.02)
+    assert final(kahan_sum=False) == 1.0
+
+
+def test_second_moment_in_bfloat16_does_not_stall():
+    """After large gradients come small ones: v falls by a thousandth a step, less than its spacing."""
+    variable = keras.Variable(np.zeros(4, "float32"))
+    optimizer = keras_adam.Adam(0.0, state_dtype="bfloat16")
+    optimizer.build([variable])
+    for i in range(1500):
+        optimizer.apply([ops.full((4,), 1.0 if i < 500 else 0.01)], [variable])
+    expected = 0.0
+    for i in range(1500):
+        expected += 0.001 * ((1.0 if i < 500 else 0.01) ** 2 - expected)
+    np.testing.assert_allclose(numbers(optimizer._velocities[0]), expected, rtol=0.05)
+
+
+@half
+def test_fast_path_equals_the_portable_one(dtype):
+    class Portable(keras_adam.Adam):
+        def update_step(self, *args):
+            return super().update_step(*args)
+
+    starts, gradients = problem(dtype, 50)
+    options = {"learning_rate": 1e-3, "weight_decay": 0.1, "use_ema": True}
+    one = keras_adam.Adam(**options)
+    other = Portable(**options)
+    got, want = (run_on(o, dtype, starts, gradients) for o in (one, other))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(numbers(a), numbers(b), rtol=2.1 * HALF[dtype], atol=1e-6)
+    for a, b in zip(one.variables, other.variables, strict=True):
+        tolerance = {"rtol": 1e-4, "atol": 1e-6} if a.dtype == "float32" else {"atol": 1e-2}
+        np.testing.assert_allclose(numbers(a), numbers(b), **tolerance)
+
+
+# What a variable is set to ----------------------------------------------------------------------
+
+
+@half
+def test_a_value_set_from_outside_stands_alone(dtype):
+    """What rounding once took from a weight of 100 must not be added to one of 0.001."""
+    variable = keras.Variable([100.0, 100.0], dtype=dtype)
+    optimizer = keras_adam.Adam(1e-2)
+    for _ in range(3):
+        optimizer.apply([ops.ones((2,), dtype)], [variable])
+    variable.assign([1e-3, 0.0])
+    optimizer.learning_rate = 0.0
+    optimizer.apply([ops.ones((2,), dtype)], [variable])
+    np.testing.assert_allclose(numbers(variable), [1e-3, 0.0], rtol=2 * HALF[dtype])
+
+
+@half
+def test_constraint_acts_on_the_whole_value(dtype):
+    variable = keras.Variable([0.01, 1.0], dtype=dtype)
+    variable.constraint = keras.constraints.NonNeg()
+    optimizer = keras_adam.Adam(1e-3)
+    for _ in range(200):
+        optimizer.apply([ops.ones((2,), dtype)], [variable])
+    np.testing.assert_allclose(numbers(variable), [0.0, 0.8], rtol=2 * HALF[dtype])
+
+
+def test_three_dtypes_in_one_step():
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(5).astype("float32")
+    variables = [
+        keras.Variable(start, dtype=dtype, name=dtype)
+        for dtype in ("float32", "bfloat16", "float16")
+    ]
+    held = [numbers(v) for v in variables]
+    optimizer = keras_adam.Adam(1e-3, global_clipnorm=1.0, amsgrad=True)
+    optimizer.build(variables)
+    expected = reference.Adam(held, learning_rate=1e-3, global_clipnorm=1.0, amsgrad=True)
+    for _ in range(100):
+        g = (rng.integers(-8, 9, 5) / 4).astype("float32")  # each dtype can hold it
+        optimizer.apply([ops.convert_to_tensor(g, v.dtype) for v in variables], variables)
+        expected.step([g] * 3)
+    for variable, want in zip(variables, expected.parameters, strict=True):
+        spacing = HALF.get(variable.dtype, 1e-6)
+        np.testing.assert_allclose(numbers(variable), want, rtol=1.02 * spacing, atol=2e-5)
+
+
+@pytest.mark.parametrize("limit", ["clipnorm", "global_clipnorm"])
+def test_norm_beyond_float16(limit):
+    variable = keras.Variable(np.zeros(1000), dtype="float16")
+    optimizer = keras_adam.Adam(1e-2, beta_1=0.0, **{limit: 1.0})
+    optimizer.apply([ops.full((1000,), 60000.0, "float16")], [variable])
+    np.testing.assert_allclose(numbers(optimizer._momentums[0]), 1 / np.sqrt(1000), rtol=1e-3)
+
+
+# State ------------------------------------------------------------------------------------------
+
+
+def test_dtypes_of_the_state():
+    variable = keras.Variable(np.ones(3), dtype="bfloat16", name="w")
+    options = {"amsgrad": True, "use_ema": True, "gradient_accumulation_steps": 2}
+    for state_dtype in (None, "float32", "bfloat16"):
+        optimizer = keras_adam.Adam(state_dtype=state_dtype, **options)
+        optimizer.build([variable])
+        kept = {v.path.rpartition("w_")[2]: v.dtype for v in optimizer.variables[2:]}
+        moments = state_dtype or "float32"
+        assert kept == {
+            "average": "float32",
+            "gradient_accumulator": "float32",
+            "momentum": moments,
+            "velocity": moments,
+            "velocity_hat": moments,
+            "compensation": "bfloat16",
+        }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"kahan_sum": False}])
+def test_state_size(dtype, state_dtype, options):
+    variables = [
+        keras.Variable(np.ones(shape), dtype=dtype, name=name)
+        for name, shape in (("matrix", (4, 3)), ("scalar", ()))
+    ]
+    optimizer = keras_adam.Adam(state_dtype=state_dtype, use_ema=True, **options)
+    promised = optimizer.state_size(variables)
+    optimizer.build(variables)
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}
+    held = sum(size[v.dtype] * int(np.prod(v.shape)) for v in optimizer.variables[2:])
+    assert sum(promised.values()) == held
+    assert optimizer.state_size() == promised
+    assert list(promised) == ["matrix", "scalar"]
+    with pytest.raises(ValueError, match="`state_size` needs `variables`"):
+        keras_adam.Adam().state_size()
+
+
+@half
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}, {"kahan_sum": False}])
+def test_save_and_go_on(dtype, options, tmp_path):
+    def model_of(optimizer):
+        keras.config.set_dtype_policy(dtype)
+        return make_model(optimizer)
+
+    def fit(model):
+        model.fit(X, Y, batch_size=BATCH, shuffle=False, verbose=0)
+
+    undisturbed = model_of(keras_adam.Adam(1e-3, **options))
+    fit(undisturbed)
+    undisturbed.save(tmp_path / "half.keras")
+    fit(undisturbed)
+    loaded = keras.saving.load_model(tmp_path / "half.keras")
+    fit(loaded)
+    for a, b in zip(loaded.optimizer.variables, undisturbed.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(numbers(a), numbers(b))
+    for a, b in zip(loaded.weights, undisturbed.weights, strict=True):
+        np.testing.assert_array_equal(numbers(a), numbers(b))
+
+
+def test_state_saved_without_compensation(tmp_path):
+    """By Keras's Adam, or with kahan_sum=False: the compensation begins at zero."""
+    keras.config.set_dtype_policy("bfloat16")
+    for other in (keras.optimizers.Adam(1e-3), keras_adam.Adam(1e-3, kahan_sum=False)):
+        model = make_model(other)
+        model.fit(X, Y, batch_size=BATCH, verbose=0)
+        model.save_weights(tmp_path / "other.weights.h5")
+        ours = make_model(keras_adam.Adam(1e-3))
+        ours.optimizer.build(ours.trainable_variables)
+        ours.load_weights(tmp_path / "other.weights.h5")
+        assert int(ours.optimizer.iterations) == 4
+        np.testing.assert_allclose(
+            numbers(ours.optimizer._momentums[0]), numbers(other._momentums[0]), rtol=1e-6
+        )
+        for lost in ours.optimizer._compensations:
+            assert not numbers(lost).any()
+
+
+def test_state_dict_of_half_precision():
+    variable = keras.Variable(np.ones((2, 3)), dtype="bfloat16", name="kernel")
+    optimizer = keras_adam.Adam.with_torch_arguments(1e-3)
+    optimizer.build([variable])
+    for _ in range(3):
+        optimizer.apply([ops.ones((2, 3), "bfloat16")], [variable])
+    state = optimizer.state_dict(as_numpy=True)
+    other = keras_adam.Adam.with_torch_arguments(1e-3)
+    other.build([keras.Variable(np.ones((2, 3)), dtype="bfloat16", name="kernel")])
+    other.load_state_dict(state)
+    for name in ("_momentums", "_velocities"):
+        a, b = getattr(optimizer, name)[0], getattr(other, name)[0]
+        np.testing.assert_array_equal(numbers(a), numbers(b))
+
+
+# Steps that are skipped -------------------------------------------------------------------------
+
+BAD = {"inf": np.inf, "-inf": -np.inf, "nan": np.nan}
+
+
+def stepper(optimizer, variables):
+    """A function that takes a step, compiled where the backend compiles."""
+    if BACKEND == "jax":
+        import jax
+
+        step = jax.jit(optimizer.stateless_apply)
+
+        def run(gradients):
+            values, state = step(
+                [v.value for v in optimizer.variables], gradients, [v.value for v in variables]
+            )
+            for v, x in zip([*variables, *optimizer.variables], [*values, *state], strict=True):
+                v.assign(x)
+
+        return run
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(lambda gradients: optimizer.apply(gradients, variables))
+    return lambda gradients: optimizer.apply(gradients, variables)
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 3, "use_ema": True, "ema_overwrite_frequency": 2},
+        {"global_clipnorm": 1.0, "weight_decay": 0.1, "loss_scale_factor": 16.0},
+    ],
+    ids=["plain", "accumulation", "clipped"],
+)
+def test_bad_steps_change_nothing(options, is_compiled, bad):
+    """A run with bad gradients strewn in is, to the bit, the run without them."""
+    starts, gradients = helpers.random_problem(np.random.default_rng(2), 12)
+
+    def train(strewn):
+        variables = helpers.make_variables(starts)
+        optimizer = keras_adam.Adam(0.01, skip_nonfinite=True, **options)
+        optimizer.build(variables)
+        step = stepper(optimizer, variables) if is_compiled else None
+        for i, arrays in enumerate(gradients):
+            for poisoned in [True, False] if strewn and i % 4 == 1 else [False]:
+                tensors = [np.array(a) for a in arrays]
+                if poisoned:
+                    tensors[1][2] = BAD[bad]
+                tensors = helpers.to_tensors(tensors)
+                step(tensors) if step else optimizer.apply(tensors, variables)
+        return variables, optimizer
+
+    (got, optimizer), (want, undisturbed) = train(True), train(False)
+    assert int(optimizer.skipped_steps) == 3
+    assert int(undisturbed.skipped_steps) == 0
+    assert int(optimizer._iterations) == 12
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(numbers(a), numbers(b))
+    for a, b in zip(optimizer.variables, undisturbed.variables, strict=True):
+        if "skipped_steps" not in a.path:
+            np.testing.assert_array_equal(numbers(a), numbers(b))
+
+
+def test_skipping_in_fit(tmp_path):
+    x = X.copy()
+    x[5] = np.nan  # in the second of four batches
+    model = make_model(keras_adam.Adam(0.01, skip_nonfinite=True))
+    model.fit(x, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
+    assert int(model.optimizer.skipped_steps) == 2
+    assert int(model.optimizer.iterations) == 6
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    model.save(tmp_path / "skipped.keras")
+    assert int(keras.saving.load_model(tmp_path / "skipped.keras").optimizer.skipped_steps) == 2
+
+
+# Options ----------------------------------------------------------------------------------------
+
+
+def test_config():
+    options = {"state_dtype": "bfloat16", "kahan_sum": False, "skip_nonfinite": True}
+    config = keras_adam.Adam(**options).get_config()
+    again = keras_adam.Adam.from_config(config)
+    assert {name: getattr(again, name) for name in options} == options
+    assert not {*options} & {*keras_adam.Adam().get_config()}
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_dtype": "float16"}, {"kahan_sum": "yes"}, {"skip_nonfinite": 1}]
+)
+def test_errors(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}="):
+        keras_adam.Adam(**options)
+
+
+def test_lora():
+    """bfloat16 adapters over a frozen base, at the rates of such fine-tuning."""
+    keras.config.set_dtype_policy("bfloat16")
+    rng = np.random.default_rng(0)
+    base = keras.layers.Dense(16, name="base")
+    inputs = keras.Input((16,))
+    outputs = base(inputs)
+    down = keras.layers.Dense(4, use_bias=False, name="down", kernel_initializer="he_normal")
+    up = keras.layers.Dense(16, use_bias=False, name="up", kernel_initializer="zeros")
+    outputs = keras.layers.Add()([outputs, up(down(inputs))])
+    model = keras.Model(inputs, outputs)
+    base.trainable = False
+    x = rng.standard_normal((256, 16))
+    y = x @ rng.standard_normal((16, 4)) @ rng.standard_normal((4, 16)) * 0.1
+    model.compile(keras_adam.Adam(2e-4), loss="mse")
+    before = [numbers(w) for w in model.trainable_variables]
+    history = model.fit(x, y, batch_size=32, epochs=30, verbose=0).history["loss"]
+    assert history[-1] < 0.97 * history[0]
+    for w, old in zip(model.trainable_variables, before, strict=True):
+        assert np.mean(numbers(w) != old) > 0.9
