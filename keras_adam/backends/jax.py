@@ -8,6 +8,7 @@ import jax
 import keras
 from jax.experimental import sparse
 from keras.optimizers.schedules import LearningRateSchedule
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_adam.groups import NUMERIC
 from keras_adam.paths import path_of
@@ -55,8 +56,12 @@ class Backend:
         values = self._compiled[key]([v.value for v in changing], grads)
         # What was compiled here is compiled anew when a constant of it changes.
         self._traced, self._traced_rate = traced
+        # They are of the right shape and dtype, which `assign` would find out for each. A subclass may have its own.
+        is_own = type(self).assign is not keras.optimizers.Optimizer.assign
+        is_own = is_own or "assign" in self.__dict__
+        assign = self.assign if is_own or in_stateless_scope() else _assign
         for variable, value in zip(changing, values, strict=True):
-            self.assign(variable, value)
+            assign(variable, value)
 
     def _stateless_step(self, variables, values, grads):
         changing = self._changing(variables)
@@ -160,6 +165,10 @@ class Backend:
         _, values = jax.lax.while_loop(lambda carry: carry[0], body, carry)
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
+
+
+def _assign(variable, value) -> None:
+    variable._direct_assign(value)
 
 
 class _RecordingScope(keras.StatelessScope):
