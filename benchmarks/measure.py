@@ -28,7 +28,7 @@ class Budget(NamedTuple):
     sample: float  # seconds that one sample shall last at least: short steps are repeated
 
 
-FULL = Budget(seconds=6.0, least=7, most=31, sample=0.02)
+FULL = Budget(seconds=3.0, least=7, most=31, sample=0.02)
 QUICK = Budget(seconds=0.0, least=3, most=3, sample=0.0)
 
 

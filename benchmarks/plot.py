@@ -18,7 +18,7 @@ _KINDS = {
     cases.GROUPS: ("keras_adam, 4 groups", "|"),
     cases.SGD: ("keras.optimizers.SGD", "x"),
 }
-_THEMES = {
+THEMES = {
     "light": {
         "ground": "#ffffff",
         "text": "#1f2328",
@@ -41,7 +41,7 @@ def draw(results: list[dict], folder: Path) -> list[Path]:
     panels = [(result["backend"], _chosen(result["rows"])) for result in results]
     panels = [(backend, rows) for backend, rows in panels if rows]
     paths = []
-    for name, theme in _THEMES.items():
+    for name, theme in THEMES.items():
         path = folder / f"ratios-{name}.png"
         figure = _figure(panels, theme)
         figure.savefig(path, dpi=200)

@@ -1,0 +1,307 @@
+"""Does half precision train as well as float32? Final validation losses over several seeds.
+
+    KERAS_BACKEND=torch python benchmarks/half_precision.py
+    python benchmarks/half_precision.py --report
+
+The first trains a convolutional net on scikit-learn's digits and a small transformer on the characters of a module of
+Python's library, wholly in one dtype, and writes `half-precision-<backend>.json`. The second makes a table and plots of
+all such files: `half-precision.md`, `half-precision-light.png`, `half-precision-dark.png`.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from keras import layers
+from rich.console import Console
+
+import keras_adam
+
+HERE = Path(__file__).parent
+BACKEND = keras.backend.backend()
+RATE, LAST_RATE = 2e-3, 0.01  # the last as a share of the first
+FLOAT32, OURS_16 = "keras_adam, float32", "keras_adam, bfloat16"
+SCALE = {"loss_scale_factor": 256.0}  # gradients below 6e-8 are zero in float16
+
+
+def contestants(steps: int) -> dict:
+    """Return (dtype, what makes an optimizer) by name."""
+
+    def rate():
+        return keras.optimizers.schedules.CosineDecay(RATE, steps, alpha=LAST_RATE)
+
+    found = {
+        FLOAT32: ("float32", lambda: keras_adam.Adam(rate())),
+        OURS_16: ("bfloat16", lambda: keras_adam.Adam(rate())),
+        "keras_adam, bfloat16, moments too": (
+            "bfloat16",
+            lambda: keras_adam.Adam(rate(), state_dtype="bfloat16"),
+        ),
+        "keras_adam, bfloat16, kahan_sum=False": (
+            "bfloat16",
+            lambda: keras_adam.Adam(rate(), kahan_sum=False),
+        ),
+        "keras_adam, float16": ("float16", lambda: keras_adam.Adam(rate(), **SCALE)),
+        "keras.optimizers.Adam, float32": ("float32", lambda: keras.optimizers.Adam(rate())),
+        "keras.optimizers.Adam, bfloat16": ("bfloat16", lambda: keras.optimizers.Adam(rate())),
+        "keras.optimizers.Adam, float16": (
+            "float16",
+            lambda: keras.optimizers.Adam(rate(), **SCALE),
+        ),
+    }
+    if BACKEND == "torch":
+        import torch
+
+        options = {"lr": RATE, "eps": 1e-7, "weight_decay": 0.0}
+        found["torch.optim.AdamW, bfloat16"] = (
+            "bfloat16",
+            lambda: lambda parameters: torch.optim.AdamW(parameters, **options),
+        )
+        try:
+            import optimi
+        except ImportError:
+            return found
+        found["optimi.AdamW, bfloat16, Kahan"] = (
+            "bfloat16",
+            lambda: lambda parameters: optimi.AdamW(parameters, kahan_sum=True, **options),
+        )
+    return found
+
+
+class Digits:
+    """A small convolutional net on 1,797 images of 8 x 8."""
+
+    name, epochs, batch = "digits, convnet", 8, 32
+
+    def __init__(self):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        order = np.random.default_rng(0).permutation(len(digits.target))
+        x, y = (digits.images[order, ..., None] / 16).astype("float32"), digits.target[order]
+        self.train, self.test = (x[:1437], y[:1437]), (x[1437:], y[1437:])
+
+    def model(self):
+        return keras.Sequential(
+            [
+                keras.Input((8, 8, 1)),
+                layers.Conv2D(16, 3, activation="relu", padding="same"),
+                layers.MaxPooling2D(),
+                layers.Conv2D(32, 3, activation="relu", padding="same"),
+                layers.Flatten(),
+                layers.Dense(64, activation="relu"),
+                layers.Dense(10),
+            ]
+        )
+
+
+class Characters:
+    """A transformer of one block that predicts the next character of `argparse`'s source."""
+
+    name, epochs, batch = "characters, transformer", 4, 64
+    length, width = 32, 48
+
+    def __init__(self):
+        text = inspect.getsource(argparse)
+        alphabet = sorted(set(text))
+        codes = np.array([alphabet.index(c) for c in text], "int32")
+        rows = np.stack([codes[i : i + self.length + 1] for i in range(0, len(codes) - 40, 9)])
+        rows = np.random.default_rng(0).permutation(rows)
+        cut = len(rows) * 8 // 10
+        self.size = len(alphabet)
+        self.train = rows[:cut, :-1], rows[:cut, 1:]
+        self.test = rows[cut:, :-1], rows[cut:, 1:]
+
+    def model(self):
+        inputs = keras.Input((self.length,), dtype="int32")
+        x = layers.Embedding(self.size, self.width)(inputs)
+        x = layers.Add()([x, _Position(self.length, self.width)(x)])
+        y = layers.LayerNormalization()(x)
+        y = layers.MultiHeadAttention(4, self.width // 4)(y, y, use_causal_mask=True)
+        x = layers.Add()([x, y])
+        y = layers.Dense(4 * self.width, activation="gelu")(layers.LayerNormalization()(x))
+        x = layers.Add()([x, layers.Dense(self.width)(y)])
+        return keras.Model(inputs, layers.Dense(self.size)(layers.LayerNormalization()(x)))
+
+
+class _Position(layers.Layer):
+    def __init__(self, length, width):
+        super().__init__()
+        self.table = self.add_weight(shape=(length, width), initializer="random_normal")
+
+    def call(self, x):
+        return keras.ops.broadcast_to(self.table, keras.ops.shape(x))
+
+
+def final_loss(task, dtype: str, make, seed: int) -> float:
+    """Train in `dtype`, and return the validation loss of the weights that came out, computed in float32."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    reference = task.model()
+    start = reference.get_weights()
+    keras.config.set_dtype_policy(dtype)
+    try:
+        model = task.model()
+        model.set_weights(start)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        optimizer = make()
+        if isinstance(optimizer, keras.optimizers.Optimizer):
+            model.compile(optimizer, loss=loss)
+            model.fit(*task.train, batch_size=task.batch, epochs=task.epochs, verbose=0)
+        else:
+            _train_on_torch(task, model, loss, optimizer, seed)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    reference.set_weights(
+        [keras.ops.convert_to_numpy(keras.ops.cast(w, "float32")) for w in model.weights]
+    )
+    reference.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return float(reference.evaluate(*task.test, batch_size=512, verbose=0))
+
+
+def _train_on_torch(task, model, loss, make, seed) -> None:
+    import torch
+
+    parameters = [v.value for v in model.trainable_variables]
+    optimizer = make(parameters)
+    x, y = task.train
+    steps = _steps(task)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda t: LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + np.cos(np.pi * min(1, t / steps))),
+    )
+    rng = np.random.default_rng(seed)
+    for _ in range(task.epochs):
+        order = rng.permutation(len(x))
+        for i in range(0, len(x), task.batch):
+            rows = order[i : i + task.batch]
+            optimizer.zero_grad()
+            loss(y[rows], model(x[rows], training=True)).backward()
+            optimizer.step()
+            schedule.step()
+
+
+def _steps(task) -> int:
+    return task.epochs * -(-len(task.train[0]) // task.batch)
+
+
+def run(seeds: int) -> None:
+    console = Console()
+    found = {"backend": BACKEND, "keras": keras.__version__, "seeds": seeds, "tasks": {}}
+    for task in (Digits(), Characters()):
+        losses = found["tasks"][task.name] = {}
+        for name, (dtype, make) in contestants(_steps(task)).items():
+            begin = time.perf_counter()
+            losses[name] = [final_loss(task, dtype, make, seed) for seed in range(seeds)]
+            spent = time.perf_counter() - begin
+            console.print(
+                f"{BACKEND}, {task.name}, {name}: {_summary(losses[name])} ({spent:.0f} s)"
+            )
+    out = HERE / f"half-precision-{BACKEND}.json"
+    out.write_text(json.dumps(found, indent=1))
+    console.print(f"wrote {out}")
+
+
+def _summary(losses) -> str:
+    return f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}"
+
+
+def report() -> None:
+    """Write the table and the plots of all results beside this file."""
+    from plot import THEMES
+    from tables import BACKENDS
+
+    files = sorted(HERE.glob("half-precision-*.json"))
+    results = [json.loads(f.read_text()) for f in files]
+    seeds = {r["seeds"] for r in results}
+    lines = [
+        "# Half precision: validation losses at the end of training",
+        f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seeds, of models trained "
+        "wholly in the dtype; the loss is computed in float32 from the weights that came out. *In spread*: "
+        "the mean lies within the smallest and the largest loss that float32 reached with any of the seeds, or below.",
+    ]
+    for result in results:
+        for task, losses in result["tasks"].items():
+            low, high = min(losses[FLOAT32]), max(losses[FLOAT32])
+            lines += [
+                f"## {BACKENDS[result['backend']]}: {task}",
+                "| | loss | in spread |\n| --- | ---: | ---: |",
+            ]
+            for name, values in losses.items():
+                mean = np.mean(values)
+                verdict = "yes" if mean <= high else "no"
+                lines[-1] += f"\n| {name} | {_summary(values)} | {verdict} |"
+            lines.append(f"float32 lay between {low:.4f} and {high:.4f}.")
+    (HERE / "half-precision.md").write_text("\n\n".join(lines) + "\n")
+    for name, theme in THEMES.items():
+        _draw(results, theme, HERE / f"half-precision-{name}.png")
+
+
+def _draw(results, theme, path) -> None:
+    import matplotlib.pyplot as plt
+    from tables import BACKENDS
+
+    tasks = list(results[0]["tasks"])
+    names = list(max((r["tasks"][tasks[0]] for r in results), key=len))
+    figure, axes = plt.subplots(
+        len(tasks),
+        len(results),
+        figsize=(4.2 * len(results) + 2.4, 3.1 * len(tasks)),
+        sharey=True,
+        sharex="row",
+        facecolor=theme["ground"],
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, task in zip(axes, tasks, strict=True):
+        for axis, result in zip(row, results, strict=True):
+            axis.set_facecolor(theme["ground"])
+            losses = result["tasks"][task]
+            spread = min(losses[FLOAT32]), max(losses[FLOAT32])
+            axis.axvspan(*spread, color=theme["ours"], alpha=0.2, lw=0)
+            for i, name in enumerate(names):
+                if name in losses:
+                    color = theme["ours"] if name.startswith("keras_adam") else theme["colors"][0]
+                    axis.plot(
+                        losses[name], [i] * len(losses[name]), "o", ms=4, alpha=0.6, color=color
+                    )
+                    axis.plot(np.mean(losses[name]), i, "|", ms=14, mew=2, color=color)
+            axis.set_yticks(range(len(names)), names)
+            axis.set_ylim(len(names) - 0.5, -0.5)
+            axis.set_xscale("log")
+            axis.set_title(
+                f"{BACKENDS[result['backend']]}: {task}", color=theme["text"], fontsize=10
+            )
+            axis.tick_params(colors=theme["text"], which="both", labelsize=8)
+            axis.grid(axis="x", color=theme["grid"], which="both", lw=0.5)
+            for spine in axis.spines.values():
+                spine.set_color(theme["grid"])
+    figure.supxlabel(
+        "validation loss at the end, each seed and the mean; shaded: float32's seeds",
+        color=theme["text"],
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=160, facecolor=theme["ground"])
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--report", action="store_true", help="make the table and the plots")
+    arguments = parser.parse_args()
+    if arguments.report:
+        report()
+    else:
+        run(arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
