@@ -1,0 +1,71 @@
+"""On JAX, arrays that are spread over devices stay so; in a process of its own, which has eight."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import keras
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="other backends have no sharded arrays"
+)
+
+
+def run_with_eight_devices(script):
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "jax",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_eager_steps():
+    run_with_eight_devices("""
+        import jax, keras, keras_adam, numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        spread = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+        variable = keras.Variable(np.ones((16, 4), "float32"))
+        variable.assign(jax.device_put(variable.value, spread))
+        optimizer = keras_adam.Adam(0.1, amsgrad=True)
+        gradient = jax.device_put(np.ones((16, 4), "float32"), spread)
+        for _ in range(3):
+            optimizer.apply([gradient], [variable])
+        for v in (variable, *optimizer.variables[2:]):
+            assert v.value.sharding.is_equivalent_to(spread, 2), v.path
+        np.testing.assert_allclose(variable.numpy(), 0.7, rtol=1e-5)
+    """)
+
+
+def test_state_follows_the_layout_of_its_variable():
+    run_with_eight_devices("""
+        import keras, keras_adam, numpy as np
+
+        mesh = keras.distribution.DeviceMesh(
+            (4, 2), ["batch", "model"], keras.distribution.list_devices()
+        )
+        layouts = keras.distribution.LayoutMap(mesh)
+        layouts[".*wide/kernel"] = (None, "model")
+        keras.distribution.set_distribution(
+            keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+        )
+        keras.config.set_dtype_policy("bfloat16")
+        model = keras.Sequential(
+            [keras.Input((8,)), keras.layers.Dense(16, name="wide"), keras.layers.Dense(1)]
+        )
+        optimizer = keras_adam.Adam(0.01, amsgrad=True, gradient_accumulation_steps=2, use_ema=True)
+        model.compile(optimizer, loss="mse")
+        x, y = np.random.randn(64, 8), np.random.randn(64, 1)
+        model.fit(x, y, batch_size=16, verbose=0)
+        state = [v for v in optimizer.variables if "wide_kernel" in v.path]
+        assert len(state) == 6
+        for v in (model.layers[0].kernel, *state):
+            assert v.value.sharding.spec == (None, "model"), v.path
+    """)
