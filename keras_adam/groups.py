@@ -98,11 +98,16 @@ class ParamGroup(Mapping):
         value = _check(name, value)
         self.check_settable(name, value)
         check_held(self.stored, name, value)
-        self._numeric[name] = value
+        values = {name: value}
+        if name == "learning_rate" and value is not None:
+            values["learning_rate_multiplier"] = 1.0  # it has no effect any more
+        numbers = self._numbers() if self.stored is not None else None
+        for changed, number in values.items():
+            self._numeric[changed] = number
+            if numbers is not None:
+                numbers[NUMERIC.index(changed)] = _encode(changed, number)
         self.changes += 1
-        if self.stored is not None:
-            numbers = self._numbers()
-            numbers[NUMERIC.index(name)] = _encode(name, value)
+        if numbers is not None:
             self.stored.assign(numbers)
 
     def update(self, values: Mapping[str, Any]) -> None:

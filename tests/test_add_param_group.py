@@ -653,7 +653,7 @@ def test_frozen_layer():
 def test_bad_option(options):
     model, optimizer = after_the_head()
     model.layers[0].trainable = True
-    with pytest.raises(ValueError, match=r"param_groups\[1\]"):
+    with pytest.raises(ValueError, match="`param_group`"):
         optimizer.add_param_group({"params": model.layers[0], **options})
     assert len(optimizer.param_groups) == 1
 
