@@ -106,13 +106,13 @@ class Characters:
     """A transformer of one block that predicts the next character of `argparse`'s source."""
 
     name, epochs, batch = "characters, transformer", 4, 64
-    length, width = 32, 48
+    length, width = 24, 32
 
     def __init__(self):
         text = inspect.getsource(argparse)
         alphabet = sorted(set(text))
         codes = np.array([alphabet.index(c) for c in text], "int32")
-        rows = np.stack([codes[i : i + self.length + 1] for i in range(0, len(codes) - 40, 9)])
+        rows = np.stack([codes[i : i + self.length + 1] for i in range(0, len(codes) - 40, 18)])
         rows = np.random.default_rng(0).permutation(rows)
         cut = len(rows) * 8 // 10
         self.size = len(alphabet)

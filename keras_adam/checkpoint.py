@@ -5,6 +5,7 @@ the two reads the other's. Where the store is HDF5, each array also bears its ro
 path of the variable that it belongs to; Keras passes over these.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import keras
@@ -86,6 +87,21 @@ def match(saved: list[Saved], entries: list[Entry], owner: str) -> list[tuple[En
     return pairs
 
 
+def _are_alike(saved: list[Saved], entries: list[Entry]) -> bool:
+    """Whether both are the same but for the numbers at the end of names, in the same order."""
+
+    def plain(path: str) -> list[str]:
+        return [re.sub(r"_\d+$", "", name) for name in path.split("/")]
+
+    return len(saved) == len(entries) and all(
+        not (s.start or s.frozen)
+        and s.role == e.role
+        and plain(s.path) == plain(e.path)
+        and s.value.shape == tuple(e.variable.shape)
+        for s, e in zip(saved, entries, strict=True)
+    )
+
+
 def assign(pairs: list[tuple[Entry, Saved]]) -> None:
     """Give the state what was saved."""
     for entry, s in pairs:
@@ -105,6 +121,16 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
                 "its paths is known here, so that which is which cannot be told. Nothing was loaded."
             )
         return None
+    if _are_alike(saved, entries) and [aligned.get(s.path) for s in saved] != [
+        e.path for e in entries
+    ]:
+        if {aligned.get(s.path) for s in saved} == {e.path for e in entries}:
+            raise ValueError(
+                f"Optimizer '{owner}': by name the saved state is in another order than by position, and the names are "
+                "numbered ones, which tell the order of creation, so that which is which cannot be told. Build the optimizer "
+                "with the variables in the order in which they were saved. Nothing was loaded."
+            )
+        return None  # a model rebuilt after another one has names that are numbered on
     files = {(s.role, aligned.get(s.path, s.path)): s for s in saved}
     if len(files) < len(saved):
         return None

@@ -171,6 +171,15 @@ class ParamGroup(Mapping):
         if self.stored is not None and _ASKED in ops.convert_to_numpy(self.stored):
             self.stored.assign(self._numbers())
 
+    def current_numbers(self) -> np.ndarray:
+        """Return the numbers in the order in which they are stored."""
+        return self._numbers()
+
+    def store_numbers(self, numbers: np.ndarray) -> None:
+        """Store numbers that `current_numbers` returned, if there is where to store them."""
+        if self.stored is not None:
+            self.stored.assign(numbers)
+
     def initial_numbers(self, shape, dtype):
         """Initialize the variable that will hold the numbers, where a compiled step reads them."""
         return ops.convert_to_tensor(self._numbers(), dtype)
@@ -220,7 +229,7 @@ class ParamGroup(Mapping):
                         "A parameter group is saved by the paths of its variables, which must be their own. Received: "
                         f"'{path_of(variable)}' for a variable of the group and for another one"
                     )
-            config["selected"] = {"paths": paths, "of": len(known)}
+            config["selected"] = {"paths": paths, "among": [path_of(v) for v in known]}
         elif self.selected:
             config["selected"] = self.selected
         for name in NUMERIC:
@@ -386,14 +395,15 @@ def _as_before(groups, default: ParamGroup, variables) -> list[ParamGroup] | Non
     """Return the assignment that a saved optimizer had, if this is the same model.
 
     A Sequential model's paths lose the model's name when it is loaded, so that its regular expressions may not match.
+    Variables that were frozen when it was saved are not there; a group may have no others.
     """
-    if not groups or any(g.selected is None or g.selected["of"] != len(variables) for g in groups):
+    if not groups or any(g.selected is None for g in groups):
         return None
-    group_of = {path: group for group in groups for path in group.selected["paths"]}
-    ours = align(group_of, map(path_of, variables))
-    if len(ours) < len(group_of):
+    among = [path for g in groups for path in g.selected["among"]]
+    ours = align(among, map(path_of, variables))
+    if set(ours.values()) != {path_of(v) for v in variables}:
         return None
-    group_of = {ours[path]: group for path, group in group_of.items()}
+    group_of = {ours.get(path): group for group in groups for path in group.selected["paths"]}
     return [group_of.get(path_of(v), default) for v in variables]
 
 

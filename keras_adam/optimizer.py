@@ -184,11 +184,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         self.skip_nonfinite = hyperparameters.check_choice(
             "skip_nonfinite", skip_nonfinite, (True, False)
         )
-        self.skipped_steps = None
-        if self.skip_nonfinite:
-            self.skipped_steps = self.add_variable(
-                (), "zeros", dtype="int", aggregation="only_first_replica", name="skipped_steps"
-            )
+        self.skipped_steps = None  # until `build`
         self.lazy = hyperparameters.check_choice("lazy", lazy, (True, False))
         if self.lazy and gradient_accumulation_steps:
             raise ValueError(

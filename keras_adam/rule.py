@@ -134,6 +134,8 @@ _DROPPED = {
     "float16": 13,
 }  # bits of float32's significand that the dtype does not have
 _SMALLEST = 2.0**-24  # spacing of float16 below its smallest normal number, 2^-14
+# What rounding takes is kept times this: what it takes from a small float16 would be too small for another one.
+_MAGNIFIED = {"bfloat16": 1, "float16": 2**11}
 
 
 def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
@@ -155,7 +157,7 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
         small = x / _SMALLEST
         small = ops.round(small) if dither is None else ops.floor(small + dither)
         result = ops.where(ops.absolute(x) < 2.0**-14, small * _SMALLEST, result)
-    return result
+    return ops.where(ops.isnan(x), x, result)  # the addition may have carried a NaN into the sign
 
 
 def dither(t: Tensor) -> Tensor:
@@ -167,18 +169,19 @@ def dither(t: Tensor) -> Tensor:
 
 
 def joined(p: Tensor, lost: Tensor, dtype: str) -> Tensor:
-    """Return the parameter with what rounding to `dtype` took from it, both given as float32.
+    """Return the parameter with what rounding to `dtype` took from it; both as float32, and as `split` gave them.
 
     If `lost` is more than rounding can have taken, `p` has been set to something else since, and stands alone.
     """
+    lost = lost / _MAGNIFIED[dtype]
     fits = rounded(p + 0.99 * lost, dtype) == p
     return ops.where(fits, p + lost, p)
 
 
 def split(p: Tensor, dtype: str, dither: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the float32 `p` with the precision of `dtype`, and what that rounding took, as float32."""
+    """Return the float32 `p` with the precision of `dtype`, and what that rounding took, magnified; as float32."""
     kept = rounded(p, dtype)
-    return kept, rounded(p - kept, dtype, dither)
+    return kept, rounded((p - kept) * _MAGNIFIED[dtype], dtype, dither)
 
 
 def maximum(old: Tensor, new: Tensor) -> Tensor:
@@ -188,9 +191,9 @@ def maximum(old: Tensor, new: Tensor) -> Tensor:
 
 def _average(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
     """Move `old` towards `new` by `rate` of the distance, from the nearer end: with beta = 0 the result is `new`."""
-    if isinstance(rate, float) and rate > 0.5:
-        return new - complement(rate) * (new - old)
-    return old + rate * (new - old)
+    if isinstance(rate, int | float):
+        return new - complement(rate) * (new - old) if rate > 0.5 else old + rate * (new - old)
+    return ops.where(rate > 0.5, new - complement(rate) * (new - old), old + rate * (new - old))
 
 
 def _scalar(x: Tensor, dtype: str) -> Tensor:

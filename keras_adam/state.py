@@ -42,6 +42,8 @@ class State(keras.optimizers.Optimizer):
     _starts: list[Any]
     _pending_groups: list[ParamGroup]
     _pending_state: list[checkpoint.Saved] | None
+    _pending_changes: dict[ParamGroup, int]
+    _before_pending: list[Any]  # values of what there was without variables
     _traced: bool
     _traced_rate: Any
     _bucket_cache: dict[tuple[int, ...], list[Any]]
@@ -52,9 +54,8 @@ class State(keras.optimizers.Optimizer):
     kahan_sum: bool | None
     skip_nonfinite: bool
     skipped_steps: Any
-    _slot_dtype: (
-        str | None
-    )  # of the state variable that is being made, if it is not as its variable's
+    _in_step: list[Any]  # the variables of the present call of `apply`
+    _slot_dtype: str | None  # of the state variable that is being made, if not its variable's
 
     def _init_groups(self, numeric, options, param_groups) -> None:
         """Set up what Keras's constructor does not know, before it runs."""
@@ -68,8 +69,11 @@ class State(keras.optimizers.Optimizer):
             _start_of=[],
             _starts=[],
             _pending_state=None,
+            _before_pending=[],
+            _pending_changes={},  # how often each group's numbers were set when that was loaded
             _bucket_cache={},
             _checked_lists=set(),  # of variables, by identity, that are known not to hold an unknown one
+            _in_step=[],
             _slot_dtype=None,
             _traced=False,  # whether a compiled step has been made, with today's options as its constants
             _traced_rate=None,  # the schedule or callable that the last one made holds as its learning rate
@@ -169,9 +173,8 @@ class State(keras.optimizers.Optimizer):
         self._reorder(variables)
         self.built = True
         if self._pending_state is not None:
-            pending, self._pending_state = self._pending_state, None
             with self._outside_graph():
-                self._load(pending)
+                self._load_pending()
 
     def _selecting_groups(self) -> list[ParamGroup]:
         return [g for g in self._groups if g is not self._default_group]
@@ -222,6 +225,10 @@ class State(keras.optimizers.Optimizer):
                 if role in _ALWAYS or hasattr(self, attribute) or any(s is not None for s in slots):
                     self._extend_slots(attribute, slots)
         self._store_numbers()
+        if self.skip_nonfinite and self.skipped_steps is None:
+            self.skipped_steps = self.add_variable(
+                (), "zeros", dtype="int", aggregation="only_first_replica", name="skipped_steps"
+            )
 
     def _dtypes_of(self, variable, group: ParamGroup) -> dict[str, str]:
         """Return the dtype of each kind of state that a variable of the group has."""
@@ -386,7 +393,7 @@ class State(keras.optimizers.Optimizer):
             for i, slot in enumerate(self._slots(attribute)):
                 start = self._start_of[i] if role == "momentum" else None
                 described[id(slot)] = (role, path_of(self._known[i]), start)
-        if self.skip_nonfinite:
+        if self.skipped_steps is not None:
             described[id(self.skipped_steps)] = ("skipped_steps", "", None)
         other = ("other", "", None)
         frozen = {path_of(v) for v in self._known if not v.trainable}
@@ -408,9 +415,38 @@ class State(keras.optimizers.Optimizer):
         """
         saved = checkpoint.read(store, self.name)
         if not self._known and len(saved) > len(self.variables):
-            self._pending_state = saved
+            self.__dict__["_pending_state"] = saved
+            self.__dict__["_pending_changes"] = {g: g.changes for g in self._groups}
+            self.__dict__["_before_pending"] = [ops.convert_to_numpy(v) for v in self.variables]
+            self._load_scalars(saved)
         else:
             self._load(saved)
+
+    def _load_scalars(self, saved: list[checkpoint.Saved]) -> None:
+        """Assign what there is without variables: the count of iterations and the learning rate."""
+        known = {"iteration": self._iterations, "learning_rate": self._learning_rate}
+        for (role, variable), s in zip(known.items(), saved, strict=False):
+            named = next((x for x in saved if x.role == role), None) if s.role else s
+            if isinstance(variable, keras.Variable) and named is not None and not named.value.shape:
+                variable.assign(named.value)
+
+    def _load_pending(self) -> None:
+        """Assign what was loaded before the optimizer was built, but for numbers that were set since."""
+        saved, self.__dict__["_pending_state"] = self._pending_state or [], None
+        changes = self._pending_changes
+        set_since = {g: g.current_numbers() for g in self._groups if g.changes != changes.get(g)}
+        rate = self._learning_rate
+        rate = ops.copy(rate) if isinstance(rate, keras.Variable) else None
+        try:
+            self._load(saved)
+        except ValueError as error:
+            for variable, value in zip(self.variables, self._before_pending, strict=False):
+                variable.assign(value)
+            raise ValueError(f"What was loaded before the optimizer was built: {error}") from None
+        if rate is not None:
+            self._learning_rate.assign(rate)
+        for group, numbers in set_since.items():
+            group.store_numbers(numbers)
 
     def _load(self, saved: list[checkpoint.Saved]) -> None:
         """Assign what was saved; when each variable joined is told by the marks on the momenta."""

@@ -143,13 +143,17 @@ class PortableAdam(State):
     def _densify_all(self, grads):
         """Return sparse gradients as dense ones, or as rows if only these are to be updated."""
         if self.lazy and not self._overrides_update_step():
-            return [self._sparse_rows(g) or self._densify(g) for g in grads]
+            found = [(g, self._sparse_rows(g)) for g in grads]
+            grads = [rows or self._densify(g) for g, rows in found]
+            # Parts of a row are summed in float32: in bfloat16 a sum of ones stops at 256.
+            return map_values(lambda values: [_widened(x) for x in values], grads)
         return [self._densify(g) for g in grads]
 
     def _unscale(self, values):
         return [_widened(x) / self.loss_scale_factor for x in values]
 
     def _backend_apply_gradients(self, grads, trainable_variables, absent=()):
+        self.__dict__["_in_step"] = [*trainable_variables, *absent]
         grads = self._reduce(grads)
         if self.lazy:
             grads = [g.summed() if isinstance(g, Rows) else g for g in grads]

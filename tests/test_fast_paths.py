@@ -133,3 +133,45 @@ def test_arrays_that_the_caller_holds_stay_valid():
     optimizer.apply([gradient], [variable])
     np.testing.assert_allclose(keras.ops.convert_to_numpy(held[0]), [0.9, 1.9], rtol=1e-6)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(held[1]), [1.0, 1.0])
+
+
+@pytest.mark.parametrize("options", [{}, {"param_groups": []}], ids=["constants", "settable"])
+def test_small_betas_lose_no_digits(options):
+    """With beta = 0 the average is the new value, however much greater the old one was."""
+    variable = keras.Variable([0.0])
+    optimizer = keras_adam.Adam(0.01, beta_1=0.0, beta_2=0.0, **options)
+    for gradient in (1000.0, 1e-4):
+        optimizer.apply([keras.ops.convert_to_tensor([gradient])], [variable])
+    np.testing.assert_allclose(variable.numpy(), [-0.01 - 0.01 / 1.001], rtol=1e-5)
+
+
+def test_a_constraint_that_has_no_hash():
+    class Constraint(keras.constraints.NonNeg):
+        def __eq__(self, other):
+            return isinstance(other, Constraint)
+
+    variable = keras.Variable([0.1], name="v")
+    variable.constraint = Constraint()
+    optimizer = keras_adam.Adam(0.2)
+    optimizer.apply([keras.ops.ones(1)], [variable])
+    np.testing.assert_array_equal(variable.numpy(), [0.0])
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="only PyTorch has strides")
+def test_strides_that_change_between_steps():
+    import torch
+
+    def train(changes):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((6, 6, 4)), keras.layers.Conv2D(5, 3)])
+        optimizer = keras_adam.Adam(0.01)
+        rng = np.random.default_rng(0)
+        for step in range(4):
+            if step == 2 and changes:
+                model.to(memory_format=torch.channels_last)
+            variables = model.trainable_variables
+            grads = [torch.tensor(rng.standard_normal(v.shape)).float() for v in variables]
+            optimizer.apply(grads, variables)
+        return model.weights[0].numpy()
+
+    np.testing.assert_allclose(train(True), train(False), rtol=1e-6, atol=1e-7)

@@ -472,3 +472,68 @@ def test_lora():
     assert history[-1] < 0.97 * history[0]
     for w, old in zip(model.trainable_variables, before, strict=True):
         assert np.mean(numbers(w) != old) > 0.9
+
+
+# Odd cases --------------------------------------------------------------------------------------
+
+
+@half
+def test_rounding_leaves_any_nan(dtype):
+    bits = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001], "uint32")
+    got = rule.rounded(ops.convert_to_tensor(bits.view("float32")), dtype)
+    assert np.isnan(ops.convert_to_numpy(got)).all()
+
+
+def test_small_float16_weights():
+    """Below 2^-13 float16 has no number small enough for what rounding takes."""
+    variable = keras.Variable([0.0], dtype="float16")
+    optimizer = keras_adam.Adam(2e-8, epsilon=1e-12)
+    for _ in range(500):
+        optimizer.apply([ops.convert_to_tensor([-1.0], "float16")], [variable])
+    np.testing.assert_allclose(numbers(variable), [1e-5], rtol=5e-3)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_many_parts_of_a_row_are_summed_in_float32(lazy):
+    """A sum of 0.75 stops at 256 in bfloat16."""
+    from test_lazy import sparse
+
+    shape = (3, 2)
+    gradient = sparse(np.ones(4000, "int64"), np.full((4000, 2), 0.75), shape)
+    if BACKEND == "jax":
+        gradient = gradient.astype("bfloat16")
+    elif BACKEND == "torch":
+        import torch
+
+        gradient = gradient.to(torch.bfloat16)
+    else:
+        import tensorflow as tf
+
+        values = tf.cast(gradient.values, tf.bfloat16)
+        gradient = tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    variable = keras.Variable(np.zeros(shape), dtype="bfloat16")
+    optimizer = keras_adam.Adam(lazy=lazy, beta_1=0.0)
+    optimizer.apply([gradient], [variable])
+    # On JAX, XLA rounds the sum once to bfloat16.
+    np.testing.assert_allclose(numbers(optimizer._momentums[0])[1], 3000.0, rtol=3e-3)
+
+
+def test_float64_gradient_of_a_half_variable():
+    with helpers.float64_allowed():
+        variable = keras.Variable([1.0], dtype="bfloat16")
+        optimizer = keras_adam.Adam(0.5)
+        optimizer.apply([ops.convert_to_tensor(np.array([2.0]), "float64")], [variable])
+        np.testing.assert_allclose(numbers(variable), [0.5])
+
+
+@pytest.mark.parametrize("options", [{"skip_nonfinite": True}, {"gradient_accumulation_steps": 2}])
+def test_variables_beyond_the_last_build(options):
+    variables = [keras.Variable(np.ones(3, "float32"), name=n) for n in "ab"]
+    optimizer = keras_adam.Adam(0.1, **options)
+    optimizer.build(variables)
+    optimizer.build(variables[:1])
+    for _ in range(2):
+        optimizer.apply([ops.ones(3)] * 2, variables)
+    want = 0.8 if "skip_nonfinite" in options else 0.9
+    for variable in variables:
+        np.testing.assert_allclose(numbers(variable), want, rtol=1e-6)

@@ -208,3 +208,16 @@ def test_embedding_in_fit(jit_compile):
 
     # All batches touch the same rows, so that the dense result is the lazy one.
     assert_close(trained(keras_adam.Adam(0.1, lazy=True)), trained(keras_adam.Adam(0.1)), rtol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="only JAX fills up its arrays")
+@pytest.mark.parametrize("fill", [7.0, np.nan])
+def test_padding_counts_for_nothing(fill):
+    values = np.ones((4, WIDTH))
+    values[2:] = fill
+    start = np.zeros((ROWS, WIDTH), "float32")
+    options = {"clipnorm": 1.0, "skip_nonfinite": True, "lazy": True}
+    padded, _ = train(keras_adam.Adam(**options), start, [([1, -1, ROWS, ROWS], values)])
+    plain, _ = train(keras_adam.Adam(**options), start, [([1, ROWS - 1], values[:2])])
+    np.testing.assert_array_equal(padded, plain)
+    assert padded[1].any()

@@ -195,3 +195,88 @@ def test_exclusions_from_decay_survive(exclude, tmp_path):
     model = keras.saving.load_model(tmp_path / "model.keras")
     fit(model)
     assert_close(weights(model), Expected(decayed, {"learning_rate": 0.02}).fit(2).weights)
+
+
+def numbered_model(first_units=4, waste=0):
+    """Layers that Keras names: their numbers tell the order of creation in the session."""
+    for _ in range(waste):
+        keras.layers.Dense(1)
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(first_units), keras.layers.Dense(2)]
+    )
+    model.compile(keras_adam.Adam(0.01), loss="mse")
+    return model
+
+
+def test_weights_of_a_model_whose_names_are_numbered_on(tmp_path):
+    keras.utils.clear_session()
+    model = numbered_model(waste=1)
+    fit(model)
+    model.save_weights(tmp_path / "numbered.weights.h5")
+    keras.utils.clear_session()
+    again = numbered_model()
+    again.optimizer.build(again.trainable_variables)
+    again.load_weights(tmp_path / "numbered.weights.h5")
+    for got, want in zip(again.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(got.numpy(), want.numpy())
+
+
+def test_numbered_names_in_another_order(tmp_path):
+    def two_layers(swapped):
+        keras.utils.clear_session()
+        layers = [keras.layers.Dense(4), keras.layers.Dense(4)]
+        model = keras.Sequential([keras.Input((4,)), *(layers[::-1] if swapped else layers)])
+        model.compile(keras_adam.Adam(0.01), loss="mse")
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    two_layers(False).save_weights(tmp_path / "order.weights.h5")
+    with pytest.raises(ValueError, match="by name the saved state is in another order"):
+        two_layers(True).load_weights(tmp_path / "order.weights.h5")
+    two_layers(False).load_weights(tmp_path / "order.weights.h5")
+
+
+def test_numbers_set_after_loading_and_before_building_stay(saved):
+    model = make_model(keras_adam.Adam(0.1))
+    model.load_weights(saved / "default.keras")
+    assert int(model.optimizer.iterations) == 4
+    model.optimizer.learning_rate = 0.0
+    before = weights(model)
+    fit(model)
+    assert float(model.optimizer.learning_rate) == 0.0
+    assert int(model.optimizer.iterations) == 8
+    assert_close(weights(model), before, rtol=0)
+
+
+@pytest.mark.parametrize("selector", [".*body/.*", "layer"])
+def test_groups_of_a_model_with_frozen_layers(selector, tmp_path):
+    body, head = (keras.layers.Dense(4, name=name) for name in ("body", "head"))
+    model = keras.Sequential([keras.Input((4,)), body, head, keras.layers.Dense(2, name="out")])
+    params = head if selector == "layer" else [selector, ".*head/.*"]
+    optimizer = keras_adam.AdamW(
+        0.01, param_groups=[{"params": params, "learning_rate_multiplier": 0.0}]
+    )
+    model.compile(optimizer, loss="mse")
+    fit(model)
+    body.trainable = False
+    optimizer.build(model.trainable_variables)
+    model.compile(optimizer, loss="mse")
+    fit(model)
+    model.save(tmp_path / "frozen.keras")
+    loaded = keras.saving.load_model(tmp_path / "frozen.keras")
+    before = loaded.get_layer("head").get_weights()
+    fit(loaded)
+    for now, then in zip(loaded.get_layer("head").get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_a_group_of_frozen_layers_alone(tmp_path):
+    body = keras.layers.Dense(4, name="body")
+    model = keras.Sequential([keras.Input((4,)), body, keras.layers.Dense(2, name="out")])
+    groups = [{"params": ".*body/.*", "learning_rate_multiplier": 0.1}]
+    model.compile(keras_adam.Adam(0.01, param_groups=groups), loss="mse")
+    fit(model)
+    body.trainable = False
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "frozen.keras")
+    fit(keras.saving.load_model(tmp_path / "frozen.keras"))

@@ -181,3 +181,20 @@ def test_minimize_in_a_stateless_scope():
     with keras.StatelessScope([(target, keras.ops.array(1.0))]):
         loss = optimizer.minimize(lambda: (weight - target) ** 2, [weight])
     assert float(loss) == 4.0
+
+
+def test_schedule_of_a_group_between_eager_steps():
+    def moved(first, second, name="learning_rate"):
+        variable = keras.Variable(np.ones(2, "float32"), name="a")
+        optimizer = keras_adam.Adam(0.01, param_groups=[{"params": "a", name: first}])
+        optimizer.apply([keras.ops.ones(2)], [variable])
+        before = variable.numpy()[0]
+        optimizer.param_groups[0][name] = second
+        optimizer.apply([keras.ops.ones(2)], [variable])
+        return before - variable.numpy()[0]
+
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 1000, 1.0)
+    np.testing.assert_allclose(moved(schedule, 0.5), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(moved(0.5, schedule), 0.1, rtol=1e-5)
+    decay = moved(0.0, schedule, "weight_decay")
+    np.testing.assert_allclose(decay, 0.01 + 0.01 * 0.1 * 0.99, rtol=1e-4)

@@ -10,6 +10,7 @@ from jax.experimental import sparse
 from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+from keras_adam import hyperparameters
 from keras_adam.groups import NUMERIC
 from keras_adam.paths import path_of
 from keras_adam.rows import Rows
@@ -50,10 +51,13 @@ class Backend:
         if key not in self._compiled:
             if len(self._compiled) >= _MOST_COMPILED:
                 self._compiled.clear()
-            self._compiled[key] = jax.jit(functools.partial(self._stateless_step, variables))
+            step = jax.jit(functools.partial(self._stateless_step, variables))
+            # With what the key knows by identity alone.
+            kept = self._learning_rate, self._dynamic(), [v.constraint for v in self._known]
+            self._compiled[key] = step, kept
         changing = self._changing(variables)
         traced = self._traced, self._traced_rate
-        values = self._compiled[key]([v.value for v in changing], grads)
+        values = self._compiled[key][0]([v.value for v in changing], grads)
         # What was compiled here is compiled anew when a constant of it changes.
         self._traced, self._traced_rate = traced
         # They are of the right shape and dtype, which `assign` would find out for each. A subclass may have its own.
@@ -88,14 +92,20 @@ class Backend:
         stateless = self._iterations.value is not self._iterations._value
         return not (tracing or asked or stateless or self._overrides_update_step())
 
+    def _dynamic(self):
+        """Return each number of each group that is a schedule, None in place of the others."""
+        given = [g.given(name) for g in self._groups for name in NUMERIC]
+        return [x if hyperparameters.is_dynamic(x) else None for x in given]
+
     def _constants(self):
         """Return all that a compiled step holds as a constant."""
         rate = self._learning_rate
         return (
-            None if isinstance(rate, keras.Variable) else rate,
+            None if isinstance(rate, keras.Variable) else id(rate),
             tuple(map(id, self._trainable_variables)),
             tuple(self._start_of),
-            tuple((v.constraint, v.trainable) for v in self._known),
+            tuple((id(v.constraint), v.trainable) for v in self._known),
+            tuple(map(id, self._dynamic())),
             *((g.options, g.stored is None and g.changes) for g in self._groups),
             *(getattr(self, name) for name in _CONSTANTS),
         )
@@ -122,12 +132,20 @@ class Backend:
         return isinstance(self._iterations.value, jax.core.Tracer)
 
     def _densify(self, gradient):
-        return gradient.todense() if isinstance(gradient, sparse.JAXSparse) else gradient
+        if not isinstance(gradient, sparse.JAXSparse):
+            return gradient
+        if gradient.dtype.itemsize < 4:  # in bfloat16 a sum of ones stops at 256
+            gradient = gradient.astype("float32")
+        return gradient.todense()
 
     def _sparse_rows(self, gradient):
         if not isinstance(gradient, sparse.BCOO) or (gradient.n_batch, gradient.n_sparse) != (0, 1):
             return None
-        return Rows(gradient.shape, gradient.indices[:, 0], gradient.data)
+        indices, values, rows = gradient.indices[:, 0], gradient.data, gradient.shape[0]
+        indices = jax.numpy.where(indices < 0, indices + rows, indices)
+        # Beyond the last row stands what only fills up the arrays.
+        counts = ((indices >= 0) & (indices < rows)).reshape(-1, *[1] * (values.ndim - 1))
+        return Rows(gradient.shape, indices, jax.numpy.where(counts, values, 0))
 
     def _differentiate(self, loss_fn, variables):
         # What the loss assigns to, such as the moving statistics of a batch normalisation.
@@ -151,7 +169,7 @@ class Backend:
             if condition:
                 update()
             return
-        variables = [*self._trainable_variables, *self.variables]
+        variables = self._changing(self._in_step)
 
         def body(carry):
             _, values = carry

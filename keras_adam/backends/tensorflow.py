@@ -91,7 +91,12 @@ class Backend:
     def _densify(self, gradient):
         # TensorFlow sums the rows of an id that stands twice, which squaring the slices first would not.
         if isinstance(gradient, tf.IndexedSlices):
-            return tf.convert_to_tensor(gradient)
+            values = gradient.values
+            if values.dtype.size < 4:  # in bfloat16 a sum of ones stops at 256
+                values = tf.cast(values, tf.float32)
+            return tf.convert_to_tensor(
+                tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+            )
         if isinstance(gradient, tf.SparseTensor):
             return tf.sparse.to_dense(tf.sparse.reorder(gradient))
         return gradient

@@ -63,6 +63,8 @@ class Backend:
         tensors = bucket.memory
         return (
             tensors.serve
+            # A model's `to(memory_format=...)` keeps its tensors, and changes their strides.
+            and all(map(torch.Tensor.is_contiguous, tensors.parameters))
             and bucket.group.options.amsgrad != "corrected"
             and all(g.device == tensors.device for g in grads)
             and (tensors.is_half or all(g.dtype is tensors.dtype for g in grads))
@@ -82,7 +84,7 @@ class Backend:
         parameters = tensors.parameters
         if tensors.is_half:
             whole, parameters = tensors.widened()
-            grads = _widened(grads)
+            grads = [g.float() for g in grads]
         _FUSED[options.decoupled_weight_decay](
             parameters,
             [g if g.is_contiguous() else g.contiguous() for g in grads],
@@ -210,7 +212,10 @@ class Backend:
     def _densify(self, gradient):
         if not isinstance(gradient, torch.Tensor):
             return keras.ops.convert_to_tensor(gradient)
-        return gradient.to_dense() if gradient.layout is not torch.strided else gradient
+        if gradient.layout is torch.strided:
+            return gradient
+        # In bfloat16 a sum of ones stops at 256.
+        return (gradient.float() if gradient.dtype.itemsize < 4 else gradient).to_dense()
 
     def _sparse_rows(self, gradient):
         if not isinstance(gradient, torch.Tensor) or gradient.layout is not torch.sparse_coo:
