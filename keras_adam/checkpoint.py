@@ -127,8 +127,8 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
         if {aligned.get(s.path) for s in saved} == {e.path for e in entries}:
             raise ValueError(
                 f"Optimizer '{owner}': by name the saved state is in another order than by position, and the names are "
-                "numbered ones, which tell the order of creation, so that which is which cannot be told. Build the optimizer "
-                "with the variables in the order in which they were saved. Nothing was loaded."
+                "numbered ones, which tell the order of creation, so that which is which cannot be told. Build the "
+                "optimizer with the variables in the order in which they were saved. Nothing was loaded."
             )
         return None  # a model rebuilt after another one has names that are numbered on
     files = {(s.role, aligned.get(s.path, s.path)): s for s in saved}
