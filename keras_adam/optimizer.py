@@ -52,7 +52,8 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         clipnorm: Largest norm of each variable's gradient. Defaults to `None`: no limit, as with `0`.
         clipvalue: Largest absolute value of each element of a gradient. Defaults to `None`: no limit, as with `0`.
         global_clipnorm: Largest norm of all gradients together. Defaults to `None`: no limit, as with `0`.
-        use_ema: Whether to keep an exponential moving average of the weights. Defaults to `False`.
+        use_ema: Whether to keep an exponential moving average of the weights, in float32 for variables of half
+            precision (with which Keras's callback `SwapEMAWeights` fails on TensorFlow). Defaults to `False`.
         ema_momentum: Decay rate of that average, in [0, 1]. Defaults to `0.99`.
         ema_overwrite_frequency: Number of updates after which the weights are overwritten with their average, each
             time. Defaults to `None`: only at the end of `fit`.

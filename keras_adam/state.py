@@ -100,7 +100,8 @@ class State(keras.optimizers.Optimizer):
         """Add a group of variables, before or after `build`; in the middle of training, too.
 
         New variables start at their own step 1; the state of the others stays as it is. Compile the model again
-        before the next `fit`, so that its train function learns of them.
+        before the next `fit`, so that its train function learns of them. Inside a `LossScaleOptimizer` of your own,
+        call its `build(model.trainable_variables)` too.
 
         Args:
             param_group: Dictionary as in the constructor's `param_groups`. Once the optimizer is built, the variables
