@@ -31,12 +31,12 @@ def sparse(indices, values, shape=(ROWS, WIDTH)):
     return torch.sparse_coo_tensor(indices, values, shape)
 
 
-def problem(steps, rng=None, most=8):
-    rng = rng or np.random.default_rng(0)
+def problem(steps):
+    rng = np.random.default_rng(0)
     start = rng.standard_normal((ROWS, WIDTH)).astype("float32")
     gradients = []
     for _ in range(steps):
-        count = rng.integers(1, most)
+        count = rng.choice([1, 6])  # JAX compiles each anew
         indices = rng.integers(0, ROWS - 1, count)  # the last row is never touched
         gradients.append(
             (indices, rng.standard_normal((count, WIDTH)) * 10.0 ** rng.integers(-4, 2))
@@ -128,8 +128,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [*((name, BACKEND == "tensorflow") for name in OPTIONS), ("clipnorm", BACKEND == "jax")],
+)
 def test_a_gradient_of_all_rows_is_a_dense_one(name, compiled):
     """With every row touched, in any order and some twice, lazy and dense are the same."""
     rng = np.random.default_rng(1)
