@@ -164,7 +164,9 @@ def test_minimize_updates_moving_statistics(rng):
 
 
 def test_minimize_counts_losses_that_layers_add():
-    layer = layers.Dense(2, activity_regularizer=keras.regularizers.L2(1.0))
+    layer = layers.Dense(
+        2, kernel_initializer="ones", activity_regularizer=keras.regularizers.L2(1.0)
+    )
     model = keras.Sequential([keras.Input((3,)), layer])
     x = np.ones((4, 3), "float32")
     want = np.sum(array(model(x)) ** 2) / 4
