@@ -101,7 +101,7 @@ class ParamGroup(Mapping):
         values = {name: value}
         if name == "learning_rate" and value is not None:
             values["learning_rate_multiplier"] = 1.0  # it has no effect any more
-        numbers = self._numbers() if self.stored is not None else None
+        numbers = self.current_numbers() if self.stored is not None else None
         for changed, number in values.items():
             self._numeric[changed] = number
             if numbers is not None:
@@ -169,11 +169,11 @@ class ParamGroup(Mapping):
     def renew_numbers(self) -> None:
         """Store our own number where one was loaded that is none: a schedule's or a callable's."""
         if self.stored is not None and _ASKED in ops.convert_to_numpy(self.stored):
-            self.stored.assign(self._numbers())
+            self.stored.assign(self.current_numbers())
 
     def current_numbers(self) -> np.ndarray:
         """Return the numbers in the order in which they are stored."""
-        return self._numbers()
+        return np.array([_encode(name, self.own(name)) for name in NUMERIC])
 
     def store_numbers(self, numbers: np.ndarray) -> None:
         """Store numbers that `current_numbers` returned, if there is where to store them."""
@@ -182,7 +182,7 @@ class ParamGroup(Mapping):
 
     def initial_numbers(self, shape, dtype):
         """Initialize the variable that will hold the numbers, where a compiled step reads them."""
-        return ops.convert_to_tensor(self._numbers(), dtype)
+        return ops.convert_to_tensor(self.current_numbers(), dtype)
 
     def scalars(
         self, learning_rate, iterations, t, dtype: str, compiling: bool, for_kernel: bool = False
@@ -284,9 +284,6 @@ class ParamGroup(Mapping):
                 f"Received: {name}={value!r}"
             )
 
-    def _numbers(self) -> np.ndarray:
-        return np.array([_encode(name, self.own(name)) for name in NUMERIC])
-
     def _read(self) -> np.ndarray | None:
         # While `fit` runs on JAX, Keras holds the state elsewhere, and its variables are empty.
         if self.stored is None or getattr(self.stored, "_value", None) is None:
@@ -381,14 +378,16 @@ def assign(groups: list[ParamGroup], default: ParamGroup, variables) -> list[Par
     chosen = _as_before(groups, default, variables)
     if chosen is not None:
         return chosen
-    chosen = []
-    for variable in variables:
-        selecting = (group for group in groups if selects(group.selector, variable))
-        chosen.append(next(selecting, default))
+    chosen = [group_for(variable, groups, default) for variable in variables]
     for i, group in enumerate(groups):
         if not any(g is group for g in chosen) and not group.variables:
             raise ValueError(_selects_nothing(i, group, groups, variables))
     return chosen
+
+
+def group_for(variable, groups: list[ParamGroup], default: ParamGroup) -> ParamGroup:
+    """Return the first group that selects the variable, else the default one."""
+    return next((group for group in groups if selects(group.selector, variable)), default)
 
 
 def _as_before(groups, default: ParamGroup, variables) -> list[ParamGroup] | None:

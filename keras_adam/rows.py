@@ -18,10 +18,6 @@ class Rows(NamedTuple):
     values: Any
     slots: Any = None
 
-    @property
-    def dtype(self):
-        return self.values.dtype
-
     def summed(self) -> "Rows":
         """Return the gradient with the parts of each row summed.
 
@@ -46,13 +42,18 @@ class Rows(NamedTuple):
         return ops.take(self.values, self.slots, axis=0)
 
 
+def values_of(gradients: list[Any]) -> list[Any]:
+    """Return the values of each gradient, in one tensor; those that it does not have are zero."""
+    return [g.values if isinstance(g, Rows) else g for g in gradients]
+
+
 def map_values(function: Callable[[list[Any]], list[Any]], gradients: list[Any]) -> list[Any]:
     """Apply a function of all values, those of each gradient in one tensor; a gradient that is None stays None.
 
     Where of a gradient there are some rows, it is applied to these, and must leave zero as it is.
     """
     present = [g for g in gradients if g is not None]
-    results = iter(function([g.values if isinstance(g, Rows) else g for g in present]))
+    results = iter(function(values_of(present)))
     return [
         g
         if g is None

@@ -293,10 +293,7 @@ class State(keras.optimizers.Optimizer):
             if self._is_known(variable):
                 group = self._group_of[self._trainable_variables_indices[self._var_key(variable)]]
             else:
-                candidates = (
-                    g for g in self._selecting_groups() if groups.selects(g.selector, variable)
-                )
-                group = next(candidates, self._default_group)
+                group = groups.group_for(variable, self._selecting_groups(), self._default_group)
             bytes_each = sum(_BYTES[dtype] for dtype in self._dtypes_of(variable, group).values())
             sizes[path_of(variable)] = bytes_each * math.prod(variable.shape)
         return sizes

@@ -6,7 +6,6 @@ constraints; averages; iterations. Constraints and averages act only when an upd
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import keras
@@ -15,7 +14,7 @@ from keras import ops
 from keras_adam import hyperparameters, rule
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
-from keras_adam.rows import Rows, map_values
+from keras_adam.rows import Rows, map_values, values_of
 from keras_adam.state import HALF, State, compute_dtype, value_of
 
 _MOST_LISTS = 16  # of variables for which buckets are remembered
@@ -168,7 +167,7 @@ class PortableAdam(State):
         if not self.skip_nonfinite:
             act()
             return True
-        is_finite = self._are_finite([g.values if isinstance(g, Rows) else g for g in grads])
+        is_finite = self._are_finite(values_of(grads))
         self._when(is_finite, act)
         return is_finite
 
@@ -243,16 +242,16 @@ class PortableAdam(State):
 
     def _update(self, grads, variables) -> None:
         learning_rate = self.learning_rate
-        whole = [not isinstance(g, Rows) for g in grads] if self.lazy else []
-        if all(whole):
+        has_rows = [isinstance(g, Rows) for g in grads] if self.lazy else []
+        if not any(has_rows):
             self._backend_update_step(grads, variables, learning_rate)
         else:
             pairs = list(zip(grads, variables, strict=True))
-            for some, update in (
-                ([not w for w in whole], self._portable_update_step),
-                (whole, self._backend_update_step),
+            for wanted, update in (
+                (True, self._portable_update_step),
+                (False, self._backend_update_step),
             ):
-                chosen = list(itertools.compress(pairs, some))
+                chosen = [pair for pair, has in zip(pairs, has_rows, strict=True) if has is wanted]
                 update([g for g, _ in chosen], [v for _, v in chosen], learning_rate)
         for variable in variables:
             if variable.constraint is not None:
