@@ -179,11 +179,17 @@ def test_selector(case):
     assert [len(g["params"]) for g in model.optimizer.param_groups] == [2, 2]
 
 
-def test_added_patterns_are_resolved_without_an_explicit_build():
-    model, net = make_net(), Net()
-    optimizer = keras_adam.Adam(0.02)
+def after_the_head(**options):
+    model = make_net()
+    optimizer = keras_adam.Adam(0.02, **options)
     model.layers[0].trainable = False
     fit_again(model, optimizer)
+    return model, optimizer
+
+
+def test_added_patterns_are_resolved_without_an_explicit_build():
+    net = Net()
+    model, optimizer = after_the_head()
     model.layers[0].trainable = True
     optimizer.add_param_group({"params": ".*net_0/.*", "lr": 0.003})
     fit_again(model, optimizer)
@@ -213,10 +219,7 @@ def test_saved_and_loaded(case, tmp_path):
 
 
 def test_saved_between_adding_and_training(tmp_path):
-    model = make_net()
-    optimizer = keras_adam.Adam(0.02)
-    model.layers[0].trainable = False
-    fit_again(model, optimizer)
+    model, optimizer = after_the_head()
     model.layers[0].trainable = True
     optimizer.add_param_group({"params": model.layers[0], "lr": 0.003})
     model.compile(optimizer, "mse")
@@ -267,10 +270,8 @@ def test_two_additions(tmp_path):
 
 
 def test_two_patterns_before_one_build():
-    model, net = make_net(), Net()
-    optimizer = keras_adam.Adam(0.02)
-    model.layers[0].trainable = False
-    fit_again(model, optimizer)
+    net = Net()
+    model, optimizer = after_the_head()
     model.layers[0].trainable = True
     optimizer.add_param_group({"params": ".*net_0/kernel", "lr": 0.01})
     optimizer.add_param_group({"params": ".*", "lr": 0.005})
@@ -597,14 +598,6 @@ def test_state_loaded_into_a_compiled_model(order, tmp_path):
 
 # ----------------------------------------------------------------------------------------------
 # Errors
-
-
-def after_the_head(**options):
-    model = make_net()
-    optimizer = keras_adam.Adam(0.02, **options)
-    model.layers[0].trainable = False
-    fit_again(model, optimizer)
-    return model, optimizer
 
 
 def test_forgotten():

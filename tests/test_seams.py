@@ -74,3 +74,15 @@ def test_keras_has_the_attribute(name):
     optimizer = keras.optimizers.Adam()
     optimizer.build([keras.Variable([1.0])])
     assert hasattr(optimizer, name)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="relied on there alone")
+def test_keras_has_what_an_eager_step_on_jax_relies_on():
+    from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+    variable = keras.Variable([1.0])
+    with keras.StatelessScope():
+        assert in_stateless_scope()
+    assert not in_stateless_scope()
+    variable._direct_assign(keras.ops.array([2.0]))
+    assert float(variable._value[0]) == 2.0
