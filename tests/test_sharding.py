@@ -18,7 +18,7 @@ def run_with_eight_devices(script):
         **os.environ,
         "KERAS_BACKEND": "jax",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = [sys.executable, "-c", textwrap.dedent(script)]
