@@ -1,11 +1,13 @@
 """Saving and loading of an optimizer's state: all of it fits, or nothing is assigned.
 
 A file holds what `keras.optimizers.Adam` writes, arrays numbered in the order of `optimizer.variables`, so that each of
-the two reads the other's. Where the store is HDF5, each array also bears its role ("momentum", "velocity", ...) and the
-path of the variable that it belongs to; Keras passes over these.
+the two reads the other's. Where the store is HDF5, each array also bears its role ("momentum", "velocity", ...), the
+path of the variable that it belongs to, its dtype, and a checksum of this and of its values; Keras passes over these.
 """
 
 import re
+import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import keras
@@ -16,6 +18,12 @@ from keras_adam.paths import align
 
 # What an optimizer without the option does not save, and what then begins at zero.
 MAY_LACK = ("compensation", "skipped_steps")
+
+# How Keras names its other optimizers, if the user does not. Some keep as many arrays as Adam, of the same shapes.
+_OTHER_KINDS = (
+    *("adadelta", "adafactor", "adagrad", "adamax", "ftrl", "lamb", "lion", "muon", "nadam"),
+    *("rm_sprop", "rmsprop", "schedule_free_adam_w", "sgd"),
+)
 
 
 class Entry(NamedTuple):
@@ -31,60 +39,149 @@ class Entry(NamedTuple):
     def label(self) -> str:
         return _label(self.role, self.path)
 
+    def saved(self) -> "Saved":
+        """Return it as it is to be saved."""
+        dtype = keras.backend.standardize_dtype(self.variable.dtype)
+        # HDF5 has no bfloat16.
+        value = ops.cast(self.variable, "float32") if dtype == "bfloat16" else self.variable
+        start = "" if self.start is None else str(self.start)
+        array = np.asarray(ops.convert_to_numpy(value))
+        return Saved(self.role, self.path, array, start, self.frozen, dtype)
+
 
 class Saved(NamedTuple):
-    """One array of a file; role and path are empty where the file does not tell them."""
+    """One array of a file; role, path and dtype are empty where the file does not tell them."""
 
     role: str
     path: str
     value: np.ndarray
     start: str = ""
     frozen: bool = False
+    dtype: str = ""  # of the state variable: a file keeps one in bfloat16 as float32
+
+    @property
+    def label(self) -> str:
+        return _label(self.role, self.path) if self.role else "an array"
+
+    def checksum(self) -> int:
+        """Return a number that another one, or one that was damaged, is most unlikely to have."""
+        told = repr((self.role, self.path, self.start, self.frozen, self.dtype, self.value.shape))
+        values = np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
+        return zlib.crc32(values.data, zlib.crc32(told.encode()))
 
 
-def save(store, entries: list[Entry]) -> None:
+def save(store, state: Iterable[Saved]) -> None:
     """Write the state into a Keras store."""
-    for i, entry in enumerate(entries):
-        # HDF5 has no bfloat16.
-        is_half = keras.backend.standardize_dtype(entry.variable.dtype) == "bfloat16"
-        value = ops.cast(entry.variable, "float32") if is_half else entry.variable
-        store[str(i)] = ops.convert_to_numpy(value)
+    for i, s in enumerate(state):
+        store[str(i)] = s.value
         attributes = _attributes(store, str(i))
-        if attributes is not None:
-            attributes["role"], attributes["path"] = entry.role, entry.path
-            if entry.start is not None:
-                attributes["start"] = str(entry.start)
-            if entry.frozen:
-                attributes["frozen"] = True
+        if attributes is None or not s.role:
+            continue
+        attributes["role"], attributes["path"], attributes["state_dtype"] = s.role, s.path, s.dtype
+        if s.start:
+            attributes["start"] = s.start
+        if s.frozen:
+            attributes["frozen"] = True
+        attributes["crc32"] = s.checksum()
 
 
 def read(store, owner: str) -> list[Saved]:
-    """Read all arrays of a Keras store, in their order."""
+    """Read all arrays of a Keras store, in their order; a damaged one is a ValueError."""
+    keys = set(store.keys())
     saved = []
-    for i in range(len(store.keys())):
+    for i in range(len(keys)):
         key = str(i)
-        if key not in store.keys():
+        if key not in keys:
             raise ValueError(
                 f"The saved state of optimizer '{owner}' must be numbered without a gap: it holds "
-                f"{len(store.keys())} arrays, but none named '{key}'. Received: {sorted(store.keys())}"
+                f"{len(keys)} arrays, but none named '{key}'. Received: {sorted(keys)}"
             )
-        told = _attributes(store, key) or {}
-        role, path, start = (told.get(name, "") for name in ("role", "path", "start"))
-        frozen = bool(told.get("frozen", False))
-        saved.append(Saved(role, path, np.array(store[key]), start, frozen))
+        value = np.array(store[key])
+        if not value.dtype.isnative:  # another machine's order of bytes, which no backend takes
+            value = value.astype(value.dtype.newbyteorder("="))
+        told = _read_attributes(store, key)
+        role, path, start, dtype = (
+            str(told.get(name, "")) for name in ("role", "path", "start", "state_dtype")
+        )
+        s = Saved(role, path, value, start, bool(told.get("frozen", False)), dtype)
+        if "crc32" in told and told["crc32"] != s.checksum():
+            raise ValueError(
+                f"Optimizer '{owner}': in the saved state, {s.label} (array '{key}') is damaged: it does not have the "
+                "checksum that it was saved with. An array that was changed on purpose must lose its attribute "
+                "'crc32'. Nothing was loaded."
+            )
+        saved.append(s)
+    other = _other_optimizer(store)
+    if other and not all(s.role for s in saved):
+        raise ValueError(
+            f"Optimizer '{owner}': the saved state is that of '{other}', another kind of optimizer, whose arrays mean "
+            "something else. Nothing was loaded."
+        )
     return saved
 
 
 def match(saved: list[Saved], entries: list[Entry], owner: str) -> list[tuple[Entry, Saved]]:
     """Pair the state with what was saved; raise a ValueError that names the first difference."""
     pairs = _match_names(saved, entries, owner) or _match_positions(saved, entries, owner)
+    check(pairs, owner)
+    # What rounding took in another dtype is kept at another scale, and the variable itself has been rounded anew.
+    return [
+        (e, _zeros(e)) if e.role == "compensation" and _other_half(e, s) else (e, s)
+        for e, s in pairs
+    ]
+
+
+def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
+    """Raise a ValueError if an array does not fit the state variable that it is for.
+
+    Floats of any width fit a float; what does not is one that counts, and the reverse.
+    """
     for entry, s in pairs:
         if s.value.shape != tuple(entry.variable.shape):
             raise ValueError(
                 f"Optimizer '{owner}': {entry.label} has shape {tuple(entry.variable.shape)}, but the saved "
                 f"array has shape {s.value.shape}. Nothing was loaded."
             )
-    return pairs
+        dtype = keras.backend.standardize_dtype(entry.variable.dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            whole_number(s, owner, entry.label, int(np.iinfo(dtype).max))
+        elif not s.value.dtype.name.startswith(("float", "bfloat")):
+            raise ValueError(
+                f"Optimizer '{owner}': {entry.label} is of dtype {dtype}, but the saved array is of dtype "
+                f"{s.value.dtype}. Nothing was loaded."
+            )
+
+
+def whole_number(s: Saved, owner: str, label: str, most: int = 2**63 - 1) -> int:
+    """Return the count that an array holds; raise a ValueError if it holds none, or one above `most`."""
+    value = s.value
+    is_number = value.shape == () and value.dtype.name.startswith(("int", "uint", "float"))
+    if not is_number or not 0 <= value <= most or value != int(value):
+        shown = value.item() if value.shape == () else f"an array of shape {value.shape}"
+        raise ValueError(
+            f"Optimizer '{owner}': {label} must be a whole number from 0 to {most}. Received: {shown!r}. Nothing was "
+            "loaded."
+        )
+    return int(value)
+
+
+def is_beginning(saved: list[Saved]) -> bool:
+    """Whether this is the state of an optimizer that was not built, so that no training had begun.
+
+    It holds the count of iterations, and the learning rate if that is a number.
+    """
+    roles = [s.role for s in saved]
+    return (
+        roles in (["iteration"], ["iteration", "learning_rate"], [""], ["", ""])
+        and all(s.value.shape == () for s in saved)
+        and saved[0].value == 0
+    )
+
+
+def _other_half(entry: Entry, s: Saved) -> bool:
+    # Files of before the dtype was told have bfloat16 as float32, too, and float16 as it is.
+    kept = s.dtype or ("float16" if s.value.dtype == "float16" else "bfloat16")
+    return kept != keras.backend.standardize_dtype(entry.variable.dtype)
 
 
 def _are_alike(saved: list[Saved], entries: list[Entry]) -> bool:
@@ -103,9 +200,11 @@ def _are_alike(saved: list[Saved], entries: list[Entry]) -> bool:
 
 
 def assign(pairs: list[tuple[Entry, Saved]]) -> None:
-    """Give the state what was saved."""
+    """Give the state what was saved, rounded to its dtype."""
     for entry, s in pairs:
-        entry.variable.assign(s.value)
+        dtype = keras.backend.standardize_dtype(entry.variable.dtype)
+        whole = not keras.backend.is_float_dtype(dtype)
+        entry.variable.assign(s.value.astype(dtype) if whole else s.value)
 
 
 def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
@@ -193,3 +292,22 @@ def _attributes(store, key: str):
     # Keras's stores have no public place for an array's attributes; HDF5 itself does.
     group = getattr(store, "_h5_entry_group", None)
     return group[key].attrs if group is not None and hasattr(group, "attrs") else None
+
+
+def _other_optimizer(store) -> str:
+    """Return the name of the optimizer whose state this is, if it is one that Keras gave to another kind of its own."""
+    name = str(getattr(getattr(store, "_h5_entry_group", None), "attrs", {}).get("name", ""))
+    kind = re.sub(r"_\d+$", "", name)
+    return name if kind in _OTHER_KINDS else ""
+
+
+def _read_attributes(store, key: str) -> dict[str, Any]:
+    """Return the attributes of an array, of which a store in several files shows only those of the open one."""
+    for name in getattr(store, "current_shard_filenames", []):
+        if key in store._h5_entry_group:
+            break
+        store._switch_h5_file(name, mode="r")
+    told = dict(_attributes(store, key) or {})
+    if hasattr(store, "_restore_h5_file"):
+        store._restore_h5_file()
+    return told

@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import warnings
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_adam import checkpoint, groups
@@ -403,30 +405,62 @@ class State(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store) -> None:
         """Write the state into a store of `keras.saving`."""
-        checkpoint.save(store, self._entries())
+        state = (entry.saved() for entry in self._entries())
+        if self._pending_state is None:
+            checkpoint.save(store, state)
+            return
+        # What was loaded and waits for `build` is the state, but for the scalars, which may have been set since.
+        scalars = {s.role: s for s in state}
+        checkpoint.save(store, [scalars.get(s.role, s) for s in self._pending_state])
 
     def load_own_variables(self, store) -> None:
         """Read the state from a store of `keras.saving`; before `build`, it is kept until then.
+
+        A store without any array is that of a model that had no optimizer: the state stays, with a warning.
 
         Raises:
             ValueError: If what is stored does not fit; then nothing is assigned.
         """
         saved = checkpoint.read(store, self.name)
-        if not self._known and len(saved) > len(self.variables):
-            self.__dict__["_pending_state"] = saved
-            self.__dict__["_pending_changes"] = {g: g.changes for g in self._groups}
-            self.__dict__["_before_pending"] = [ops.convert_to_numpy(v) for v in self.variables]
-            self._load_scalars(saved)
-        else:
+        if not saved:
+            warnings.warn(
+                f"No state of optimizer '{self.name}' was saved there. The state that it has stays.",
+                stacklevel=2,
+            )
+        elif self._known:
             self._load(saved)
+        else:
+            before = [ops.convert_to_numpy(v) for v in self.variables]
+            self._load_scalars(saved)
+            if self._pending_state is None:
+                self.__dict__["_before_pending"] = before
+            pending = None if checkpoint.is_beginning(saved) else saved
+            self.__dict__["_pending_state"] = pending
+            self.__dict__["_pending_changes"] = {g: g.changes for g in self._groups}
 
     def _load_scalars(self, saved: list[checkpoint.Saved]) -> None:
         """Assign what there is without variables: the count of iterations and the learning rate."""
         known = {"iteration": self._iterations, "learning_rate": self._learning_rate}
+        pairs = []
         for (role, variable), s in zip(known.items(), saved, strict=False):
             named = next((x for x in saved if x.role == role), None) if s.role else s
             if isinstance(variable, keras.Variable) and named is not None and not named.value.shape:
-                variable.assign(named.value)
+                pairs.append((checkpoint.Entry(role, "", variable), named))
+        checkpoint.check(pairs, self.name)
+        checkpoint.assign(pairs)
+
+    def _load_beginning(self, saved: list[checkpoint.Saved]) -> None:
+        """Take over the state of an optimizer that was not built: no moments yet, and all here from the beginning."""
+        joined = [0] * len(self._known)
+        self._check_starts(joined)
+        self._load_scalars(saved)
+        for attribute in _ROLES:
+            for slot in self._slots(attribute):
+                if slot is not None:
+                    slot.assign(ops.zeros(slot.shape, slot.dtype))
+        if self.skipped_steps is not None:
+            self.skipped_steps.assign(0)
+        self._set_starts(joined)
 
     def _load_pending(self) -> None:
         """Assign what was loaded before the optimizer was built, but for numbers that were set since."""
@@ -448,7 +482,14 @@ class State(keras.optimizers.Optimizer):
 
     def _load(self, saved: list[checkpoint.Saved]) -> None:
         """Assign what was saved; when each variable joined is told by the marks on the momenta."""
-        starts = {s.role: int(s.value) for s in saved if s.role.startswith("start")}
+        if checkpoint.is_beginning(saved):
+            self._load_beginning(saved)
+            return
+        starts = {
+            s.role: checkpoint.whole_number(s, self.name, s.role)
+            for s in saved
+            if s.role.startswith("start")
+        }
         saved = [s for s in saved if not s.role.startswith("start")]
         entries = [e for e in self._entries() if not e.role.startswith("start")]
         if not any(s.role.startswith("hyperparameters") for s in saved):
@@ -499,13 +540,18 @@ class State(keras.optimizers.Optimizer):
                 "You are calling `set_weights()` on an optimizer that has not yet been built. Call "
                 "`optimizer.build(trainable_variables)` first."
             )
-        saved = [checkpoint.Saved("", "", ops.convert_to_numpy(w)) for w in weights]
+        arrays = [np.asarray(ops.convert_to_numpy(w)) for w in weights]
         entries = self._entries()
-        if len(saved) != len(entries):
+        if len(arrays) != len(entries):
             raise ValueError(
                 f"`weights` must hold one array for each of the {len(entries)} state variables. "
-                f"Received: {len(saved)} arrays"
+                f"Received: {len(arrays)} arrays"
             )
+        saved = [
+            # Whole numbers serve for floats here, as they do everywhere in Python.
+            checkpoint.Saved("", "", array.astype("float64") if array.dtype.kind in "iu" else array)
+            for array in arrays
+        ]
         checkpoint.assign(checkpoint.match(saved, entries, self.name))
 
 
