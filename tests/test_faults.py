@@ -5,6 +5,12 @@ expected to fail: when a release of Keras mends a fault, its test says so.
 """
 
 import copy
+import functools
+import json
+import os
+import subprocess
+import sys
+import textwrap
 
 import keras
 import numpy as np
@@ -29,6 +35,19 @@ def fault(*backends, raises=AssertionError):
     return pytest.mark.parametrize("cls", classes)
 
 
+ROWS = set()
+
+
+def row(number):
+    """Tell which row of docs/keras_faults.md a test is of."""
+    ROWS.add(number)
+    return lambda test: test
+
+
+def test_each_row_has_a_test():
+    assert sorted(ROWS) == list(range(1, 34))
+
+
 def only(backend):
     return pytest.mark.skipif(BACKEND != backend, reason=f"concerns {backend} alone")
 
@@ -51,6 +70,7 @@ def train_reference(start, gradients, **options):
 # Half precision
 
 
+@row(1)
 @fault(*EVERYWHERE)
 def test_bfloat16_trains(cls):
     """0.999 is 1 there, and the bias correction 1 - 0.999**t is 0."""
@@ -58,6 +78,7 @@ def test_bfloat16_trains(cls):
     np.testing.assert_allclose(got, [0.8, -1.2], **TOLERANCES["bfloat16"])
 
 
+@row(2)
 @fault("torch")
 def test_half_precision_first_leaves_the_rest_alone(cls):
     half = keras.Variable([1.0], dtype="bfloat16", name="half")
@@ -67,6 +88,7 @@ def test_half_precision_first_leaves_the_rest_alone(cls):
     np.testing.assert_allclose(value_of(full), [0.99], **CLOSE)
 
 
+@row(3)
 @fault(*EVERYWHERE)
 def test_zero_gradient_in_float16(cls):
     """An epsilon of 1e-8 is 0 there, and 0 / 0 is not a number."""
@@ -74,12 +96,22 @@ def test_zero_gradient_in_float16(cls):
     np.testing.assert_array_equal(got, [1.0])
 
 
+@row(3)
 @fault(*EVERYWHERE)
 def test_small_gradient_in_float16(cls):
     got = train(cls(0.01), [1.0], [[1e-4]] * 3, "float16")
     np.testing.assert_allclose(got, [0.97], **TOLERANCES["float16"])
 
 
+@row(4)
+@fault(*EVERYWHERE)
+def test_decay_in_bfloat16(cls):
+    """1 - 0.001 is 1 there."""
+    got = train(cls(0.01, weight_decay=0.1), [1.0], [[0.0]] * 100, "bfloat16")
+    np.testing.assert_allclose(got, [0.999**100], **TOLERANCES["bfloat16"])
+
+
+@row(4)
 @fault(*EVERYWHERE)
 def test_decay_and_step_are_rounded_together(cls):
     """Each is below half of the spacing of float16 below 1, their sum is not."""
@@ -87,6 +119,7 @@ def test_decay_and_step_are_rounded_together(cls):
     np.testing.assert_array_equal(got, [1 - 2.0**-11])
 
 
+@row(31)
 @fault(*EVERYWHERE)
 def test_global_norm_in_float16(cls):
     """The square of 300 is infinite there."""
@@ -103,6 +136,7 @@ def slices(values, rows, count):
     return tf.IndexedSlices(tf.constant(values, "float32"), rows, (count, 1))
 
 
+@row(5)
 @only("tensorflow")
 @fault("tensorflow")
 def test_row_twice_in_a_sparse_gradient(cls):
@@ -114,6 +148,7 @@ def test_row_twice_in_a_sparse_gradient(cls):
     np.testing.assert_allclose(velocity, [[0.0], [0.0], [0.004]], rtol=1e-4)
 
 
+@row(11)
 @only("tensorflow")
 @fault("tensorflow", raises=TypeError)
 def test_loss_scale_and_sparse_gradient(cls):
@@ -122,6 +157,7 @@ def test_loss_scale_and_sparse_gradient(cls):
     np.testing.assert_allclose(value_of(table), [[1.0], [0.9]], **CLOSE)
 
 
+@row(12)
 @fault("jax", "tensorflow", raises=(AttributeError, TypeError, ValueError))
 def test_average_and_a_variable_that_is_overwritten(cls):
     """As float8 training overwrites its scales with what it calls their gradients."""
@@ -136,9 +172,73 @@ def test_average_and_a_variable_that_is_overwritten(cls):
     np.testing.assert_array_equal(value_of(scale), [8.0])
 
 
+# Replicas
+
+MIRRORED = """
+    import json
+    import keras, keras_adam, numpy as np, tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        variable, optimizer = keras.Variable([0.0]), CLASS(1.0, beta_1=0.0, clipnorm=1.0)
+        optimizer.build([variable])
+    strategy.run(lambda: optimizer.apply([tf.constant([10.0])], [variable]))
+    found = {"momentum": float(optimizer.variables[2].numpy()[0])}
+    for options in (
+        {"gradient_accumulation_steps": 2}, {"use_ema": True, "ema_overwrite_frequency": 2}
+    ):
+        with strategy.scope():
+            model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+            model.compile(CLASS(0.1, **options), loss="mse", jit_compile=False)
+        try:
+            model.fit(np.ones((8, 2)), np.ones((8, 1)), batch_size=4, verbose=0)
+            outcome = int(model.optimizer._iterations.numpy())
+        except RuntimeError as error:
+            outcome = str(error)
+        found[[*options][-1]] = outcome
+    print(json.dumps(found))
+"""
+
+
+@functools.cache
+def on_two_replicas(name):
+    """What a class does there; in a process of its own, as TensorFlow takes devices at its start only."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = textwrap.dedent(MIRRORED).replace("CLASS", name)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:  # no AssertionError, which would pass for the fault
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def on_replicas_of(cls):
+    ours = cls is keras_adam.Adam
+    return on_two_replicas("keras_adam.Adam" if ours else "keras.optimizers.Adam")
+
+
+@row(6)
+@only("tensorflow")
+@fault("tensorflow")
+def test_clipping_of_the_reduced_gradient(cls):
+    """Of norm 1 after the clipping, not 1 for each replica; beta_1 = 0 makes it the first moment."""
+    assert on_replicas_of(cls)["momentum"] == pytest.approx(1.0, rel=1e-5)
+
+
+@row(10)
+@pytest.mark.parametrize("option", ["gradient_accumulation_steps", "ema_overwrite_frequency"])
+@only("tensorflow")
+@fault("tensorflow")
+def test_fit_on_replicas(cls, option):
+    assert on_replicas_of(cls)[option] == 2
+
+
 # Gradient accumulation
 
 
+@row(7)
 @fault(*EVERYWHERE)
 def test_average_under_accumulation(cls):
     """It is of the values after each update, not after each micro-step."""
@@ -152,6 +252,7 @@ def test_average_under_accumulation(cls):
     np.testing.assert_allclose(value_of(slots(optimizer, "average")[0]), oracle.average[0], **CLOSE)
 
 
+@row(8)
 @fault("torch")
 def test_accumulator_forgets_nan(cls):
     """Times zero, it would stay."""
@@ -173,6 +274,7 @@ def operations(jaxpr):
             yield name
 
 
+@row(26)
 @only("jax")
 @fault("jax")
 def test_micro_step_does_no_work_of_an_update(cls):
@@ -185,6 +287,7 @@ def test_micro_step_does_no_work_of_an_update(cls):
     assert "sqrt" not in set(operations(jaxpr.jaxpr))
 
 
+@row(27)
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
 @fault("tensorflow", "torch")
 def test_no_gradient_when_an_update_is_due(cls):
@@ -196,6 +299,7 @@ def test_no_gradient_when_an_update_is_due(cls):
     np.testing.assert_allclose(value_of(b), [0.9], **CLOSE)
 
 
+@row(28)
 @fault(*EVERYWHERE)
 def test_constraint_waits_for_an_update(cls):
     variable = keras.Variable([-1.0])
@@ -205,6 +309,7 @@ def test_constraint_waits_for_an_update(cls):
     np.testing.assert_array_equal(value_of(variable), [-1.0])
 
 
+@row(28)
 @fault(*EVERYWHERE)
 def test_average_is_of_constrained_values(cls):
     variable, optimizer = keras.Variable([-1.0]), cls(0.1, use_ema=True)
@@ -216,6 +321,7 @@ def test_average_is_of_constrained_values(cls):
 # Hyperparameters
 
 
+@row(14)
 @fault(*EVERYWHERE, raises=(TypeError, ValueError))
 def test_callable_betas(cls):
     """Keras documents them."""
@@ -224,6 +330,7 @@ def test_callable_betas(cls):
     np.testing.assert_allclose(train(optimizer, [1.0], [[1.0], [-2.0]]), expected, **CLOSE)
 
 
+@row(15)
 @pytest.mark.parametrize("rate", [1, np.float32(0.5)], ids=["int", "NumPy"])
 @fault(*EVERYWHERE, raises=ValueError)
 def test_kind_of_learning_rate(cls, rate):
@@ -231,6 +338,7 @@ def test_kind_of_learning_rate(cls, rate):
     np.testing.assert_allclose(train(cls(rate), [1.0], [[1.0]]), expected, **CLOSE)
 
 
+@row(16)
 @fault(*EVERYWHERE, raises=AttributeError)
 def test_setting_a_learning_rate_over_a_callable(cls):
     optimizer = cls(lambda: 0.1)
@@ -239,6 +347,7 @@ def test_setting_a_learning_rate_over_a_callable(cls):
     np.testing.assert_allclose(train(optimizer, [1.0], [[1.0]]), expected, **CLOSE)
 
 
+@row(17)
 @fault("jax", "tensorflow")
 def test_callable_learning_rate_is_not_frozen(cls):
     """Each step of `fit` asks for it; where `fit` is compiled, it is refused."""
@@ -253,7 +362,61 @@ def test_callable_learning_rate_is_not_frozen(cls):
     assert_close(weights(model), expected.fit().weights)
 
 
+# Variables that join late
+
+
+@row(9)
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
+@fault(*EVERYWHERE)
+def test_first_step_of_a_variable_that_joins_late(cls):
+    """It is as long as any variable's first step; Keras's knows no other way to join than without gradients."""
+    first, late = keras.Variable([1.0], name="first"), keras.Variable([1.0], name="late")
+    optimizer = cls(0.01)
+    if cls is keras_adam.Adam:
+        for _ in range(20):
+            eager_step(optimizer, [first])([1.0])
+        optimizer.add_param_group({"params": late})
+    else:
+        for _ in range(20):
+            eager_step(optimizer, [first, late])([1.0], None)
+    eager_step(optimizer, [first, late])([1.0], [1.0])
+    np.testing.assert_allclose(value_of(late), [0.99], **CLOSE)
+
+
+@row(32)
+@fault(*EVERYWHERE)
+def test_unfrozen_variable(cls):
+    """The error says what to do, and that does it."""
+    first, late = keras.Variable([1.0], name="first"), keras.Variable([1.0], name="late")
+    optimizer = cls(0.01)
+    eager_step(optimizer, [first])([1.0])
+    step = eager_step(optimizer, [first, late])
+    with pytest.raises(ValueError, match="add_param_group"):
+        step([1.0], [1.0])
+    optimizer.add_param_group({"params": late})
+    step([1.0], [1.0])
+    np.testing.assert_allclose([value_of(first), value_of(late)], [[0.98], [0.99]], **CLOSE)
+
+
 # State
+
+
+@row(19)
+@fault(*EVERYWHERE, raises=pytest.fail.Exception)
+def test_state_of_as_many_arrays(cls, tmp_path):
+    """An average is no maximum, though both are the third array of a variable."""
+
+    def make(**options):
+        layers = [keras.Input((4,)), keras.layers.Dense(2, use_bias=False, name="dense")]
+        model = keras.Sequential(layers, name="model")
+        model.compile(cls(**options), loss="mse")
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    make(use_ema=True).save_weights(tmp_path / "average.weights.h5")
+    model = make(amsgrad=True)
+    with pytest.raises(ValueError, match=r"average|velocity_hat"):
+        model.load_weights(tmp_path / "average.weights.h5")
 
 
 @pytest.fixture
@@ -269,6 +432,7 @@ def weights_file(tmp_path):
     return save
 
 
+@row(18)
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @fault(*EVERYWHERE, raises=pytest.fail.Exception)
 def test_state_of_another_size(cls, weights_file):
@@ -280,6 +444,7 @@ def test_state_of_another_size(cls, weights_file):
         model.load_weights(path)
 
 
+@row(20)
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @fault(*EVERYWHERE)
 def test_state_loaded_before_build(cls, weights_file):
@@ -291,6 +456,7 @@ def test_state_loaded_before_build(cls, weights_file):
     assert_close(weights(model), Expected({}).fit(2).weights)
 
 
+@row(33)
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @fault(*EVERYWHERE)
 def test_number_and_schedule(cls, weights_file):
@@ -301,6 +467,7 @@ def test_number_and_schedule(cls, weights_file):
     assert int(model.optimizer.iterations) == 4
 
 
+@row(21)
 @fault(*EVERYWHERE, raises=pytest.fail.Exception)
 def test_short_list_of_weights(cls):
     optimizer = cls()
@@ -319,6 +486,7 @@ def decayed(optimizer, variables):
     return [v.name for v, b in zip(variables, before, strict=True) if (value_of(v) != b).any()]
 
 
+@row(13)
 @fault("torch", raises=RuntimeError)
 def test_every_variable_excluded(cls):
     optimizer = cls(0.1, weight_decay=0.5)
@@ -326,6 +494,7 @@ def test_every_variable_excluded(cls):
     assert decayed(optimizer, [keras.Variable([1.0], name="weight")]) == []
 
 
+@row(22)
 @fault(*EVERYWHERE, raises=pytest.fail.Exception)
 def test_exclusion_after_build(cls):
     optimizer = cls(0.1, weight_decay=0.5)
@@ -338,6 +507,7 @@ def two_variables():
     return [keras.Variable([1.0], name=name) for name in ("kernel", "bias")]
 
 
+@row(23)
 @fault(*EVERYWHERE)
 def test_second_exclusion_adds_to_the_first(cls):
     optimizer = cls(0.1, weight_decay=0.5)
@@ -346,6 +516,7 @@ def test_second_exclusion_adds_to_the_first(cls):
     assert decayed(optimizer, two_variables()) == []
 
 
+@row(24)
 @fault(*EVERYWHERE)
 def test_exclusions_in_the_config(cls):
     optimizer = cls(0.1, weight_decay=0.5)
@@ -354,6 +525,7 @@ def test_exclusions_in_the_config(cls):
     assert decayed(optimizer, two_variables()) == ["kernel"]
 
 
+@row(25)
 @fault(*EVERYWHERE)
 def test_pattern_means_the_same_everywhere(cls):
     """Its name and its path, on each backend, without TensorFlow's ":0"."""
@@ -368,6 +540,7 @@ def test_pattern_means_the_same_everywhere(cls):
 # Configuration and calls
 
 
+@row(29)
 @fault(*EVERYWHERE)
 def test_from_config_leaves_its_argument_alone(cls):
     config = cls(keras.optimizers.schedules.CosineDecay(0.1, 10)).get_config()
@@ -376,11 +549,13 @@ def test_from_config_leaves_its_argument_alone(cls):
     assert config == before
 
 
+@row(29)
 @fault(*EVERYWHERE)
 def test_learning_rate_in_the_config(cls):
     assert cls(0.001).get_config()["learning_rate"] == 0.001
 
 
+@row(30)
 @fault(*EVERYWHERE, raises=ValueError)
 def test_no_pairs(cls):
     optimizer = cls()
