@@ -403,9 +403,28 @@ class State(keras.optimizers.Optimizer):
             for role, path, start in [described.get(id(variable), other)]
         ]
 
+    def _entries_in_order(self) -> list[checkpoint.Entry]:
+        """Describe each state variable, in the order in which an optimizer built anew would make them.
+
+        A group that was added has put its variables' state behind all else; a store that tells no roles is read by
+        order, in which it must not matter when they were added.
+        """
+        roles = ("average", "gradient_accumulator", "momentum", "velocity_hat", "compensation")
+        place: dict[int, tuple[Any, ...]] = {
+            id(self._iterations): (0,),
+            id(self._learning_rate): (1,),
+        }
+        for attribute, role in _ROLES.items():
+            stage = 2 + roles.index("momentum" if role == "velocity" else role)
+            for i, slot in enumerate(self._slots(attribute)):
+                place[id(slot)] = (stage, i, role)
+        for i, group in enumerate(self._groups):
+            place[id(group.stored)] = (10, i)
+        return sorted(self._entries(), key=lambda entry: place.get(id(entry.variable), (11,)))
+
     def save_own_variables(self, store) -> None:
         """Write the state into a store of `keras.saving`."""
-        state = (entry.saved() for entry in self._entries())
+        state = (entry.saved() for entry in self._entries_in_order())
         if self._pending_state is None:
             checkpoint.save(store, state)
             return
@@ -491,9 +510,12 @@ class State(keras.optimizers.Optimizer):
             if s.role.startswith("start")
         }
         saved = [s for s in saved if not s.role.startswith("start")]
-        entries = [e for e in self._entries() if not e.role.startswith("start")]
+        entries = [e for e in self._entries_in_order() if not e.role.startswith("start")]
         if not any(s.role.startswith("hyperparameters") for s in saved):
-            entries = [e for e in entries if not e.role.startswith("hyperparameters")]
+            without = [e for e in entries if not e.role.startswith("hyperparameters")]
+            # A store that tells no roles, which only HDF5 does, holds them if it holds as many arrays as there are.
+            if any(s.role for s in saved) or len(saved) <= len(without):
+                entries = without
         pairs = checkpoint.match(saved, entries, self.name)
         marks = {id(e.variable): s.start for e, s in pairs if s.start}
         momentums = self._slots("_momentums")
