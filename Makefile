@@ -6,6 +6,7 @@ PYTHON ?= python3
 KERAS_BACKEND ?= jax
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_TESTS := tests/test_fuzz.py
 # Two test processes with one thread each: two threads in each of two processes wait for each other.
 TEST_JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
@@ -30,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .DEFAULT_GOAL := help
 # Two pips must not write to one environment.
 .NOTPARALLEL:
-.PHONY: help demo test $(BACKENDS:%=test-%) bench lint format clean backend-is-known
+.PHONY: help demo test $(BACKENDS:%=test-%) fuzz bench lint format clean backend-is-known
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [KERAS_BACKEND=jax|tensorflow|torch] [PYTHON=python3.12] [PYTEST_ARGS=...]"
@@ -56,6 +57,17 @@ test: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests under each back
 # compare with a framework's own optimizer.
 $(BACKENDS:%=test-%): test-%: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test
 	KERAS_BACKEND=$* $(PYTEST)
+
+# Other examples at each run; one that fails is printed with what reproduces it.
+FUZZ_EXAMPLES ?= 2000
+fuzz: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## random options, gradients and operations against a NumPy model, at length
+	@trap 'exit 130' INT; failed=; \
+	for backend in $(BACKENDS); do \
+	  echo "== KERAS_BACKEND=$$backend"; \
+	  FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(PY) -m pytest \
+	    --hypothesis-show-statistics $(FUZZ_TESTS) $(PYTEST_ARGS) || failed="$$failed $$backend"; \
+	done; \
+	test -z "$$failed"
 
 # Keep the machine idle meanwhile. `make bench BENCH_ARGS=--quick` shows in a minute that all works.
 bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other optimizers; writes benchmarks/results.md
