@@ -6,7 +6,7 @@ PYTHON ?= python3
 KERAS_BACKEND ?= jax
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-FUZZ_TESTS := tests/test_fuzz.py
+FUZZ_TESTS := tests/test_fuzz.py tests/test_kill.py
 # Two test processes with one thread each: two threads in each of two processes wait for each other.
 TEST_JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
