@@ -26,6 +26,7 @@ _MAY_BE_NONE = ("learning_rate", "weight_decay")
 _STORED_AS_COMPLEMENT = ("beta_1", "beta_2")
 _NOT_SET = -1.0  # stored for a learning rate that follows the optimizer's
 _ASKED = -2.0  # stored for a schedule or a callable, which is asked in each step
+_SHOWN = 3  # so many parts of a selector are printed
 _PYTORCH_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
 
 
@@ -128,9 +129,26 @@ class ParamGroup(Mapping):
         return id(self)
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={self[name]!r}" for name in self if name != "params")
-        paths = ", ".join(path_of(v) for v in self.variables) or "no variable"
-        return f"<ParamGroup of {paths}: {values}>"
+        default = self._optimizer._default_group
+        usual = rule.Options._field_defaults.get if self is default else default.readable
+        values = {"learning_rate": self._shown_rate()}
+        for name in (*NUMERIC[2:], *rule.Options._fields):
+            value = self.readable(name)
+            if value != usual(name):
+                values[name] = hyperparameters.shown(value)
+        selected = "the others" if self is default else _shown_selector(self.selector)
+        count = len(self.variables)
+        members = f"{count} variable{'s' * (count != 1)}" if self._optimizer._known else "not built"
+        numbers = ", ".join(f"{name}={value}" for name, value in values.items())
+        return f"<ParamGroup of {selected}, {members}: {numbers}>"
+
+    def _shown_rate(self) -> str:
+        rate = self.readable("learning_rate")
+        if rate is not None:
+            return hyperparameters.shown(rate)
+        rate = hyperparameters.shown(self._optimizer._readable_learning_rate())
+        factor = self.readable("learning_rate_multiplier")
+        return rate if factor == 1 else f"{rate} * {factor}"
 
     # For the optimizer
 
@@ -150,6 +168,12 @@ class ParamGroup(Mapping):
         number = hyperparameters.exact(number)
         # The decimal that `1 - 0.001` is meant to be: 0.999, not 0.9990000000000000213.
         return round(1 - number, 12) if name in _STORED_AS_COMPLEMENT else number
+
+    def readable(self, name: str) -> Any:
+        """Return an option or the group's own number; if that cannot be read now, as it was given."""
+        if name in rule.Options._fields:
+            return getattr(self.options, name)
+        return hyperparameters.readable(lambda: self.own(name), self._numeric[name])
 
     def given(self, name: str) -> Any:
         """Return a numeric hyperparameter as it was last given, without a look at what is stored."""
@@ -289,6 +313,13 @@ class ParamGroup(Mapping):
         if self.stored is None or getattr(self.stored, "_value", None) is None:
             return None
         return ops.convert_to_numpy(self.stored)
+
+
+class ParamGroups(list):
+    """A list of groups that is printed one a line."""
+
+    def __repr__(self) -> str:
+        return "[" + ",\n ".join(map(repr, self)) + "]"
 
 
 def parse(optimizer, label: str, spec: Mapping[str, Any], default: ParamGroup) -> ParamGroup:
@@ -498,6 +529,20 @@ def _flatten(selector: Any) -> list[Any]:
     if isinstance(selector, list | tuple | set):
         return [item for part in selector for item in _flatten(part)]
     return [selector]
+
+
+def _shown_selector(selector: Any) -> str:
+    items = _flatten(selector)
+    shown = [_shown_item(item) for item in items[:_SHOWN]]
+    return ", ".join(shown + [f"{len(items) - _SHOWN} more"] * (len(items) > _SHOWN))
+
+
+def _shown_item(item: Any) -> str:
+    if isinstance(item, str):
+        return repr(item)
+    if _is_variable(item):
+        return path_of(item)
+    return f"layer {item.name}" if isinstance(item, keras.Layer) else hyperparameters.shown(item)
 
 
 def _is_variable(item: Any) -> bool:

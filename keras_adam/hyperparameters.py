@@ -32,6 +32,19 @@ def is_dynamic(value: Hyperparameter) -> bool:
     return isinstance(value, LearningRateSchedule) or callable(value)
 
 
+def shown(value: Any) -> str:
+    """Return a schedule's or a callable's name, or else its class's; of anything else its `repr`."""
+    return getattr(value, "__name__", type(value).__name__) if is_dynamic(value) else repr(value)
+
+
+def readable(read: Callable[[], Any], given: Any) -> Any:
+    """Return what `read` does; `given` in a traced step or a trainer on JAX, where there is no number to read."""
+    try:
+        return read()
+    except Exception:  # each backend has its own for a tensor without a value
+        return given
+
+
 def check_number(name: str, value: Any) -> float:
     """Return `value` as a Python float, or raise an error that names the argument, its rule and the value."""
     number = _as_number(name, value)

@@ -1,5 +1,6 @@
 """`Adam` and `AdamW`: what users construct, set, and save as a configuration."""
 
+import inspect
 from typing import Any
 
 import keras
@@ -235,6 +236,12 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             return hyperparameters.exact(rate.numpy(), self._given_learning_rate)
         return float(rate)
 
+    def _readable_learning_rate(self) -> Any:
+        """Return the schedule or callable, or the number; if that cannot be read now, as it was given."""
+        if not isinstance(self._learning_rate, keras.Variable):
+            return self._learning_rate
+        return hyperparameters.readable(self.learning_rate_number, self._given_learning_rate)
+
     def _get_current_learning_rate(self):
         rate = self._learning_rate
         if isinstance(rate, keras.Variable):
@@ -242,6 +249,18 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         return hyperparameters.resolve(
             "learning_rate", rate, self._iterations, self._is_compiling()
         )
+
+    def __repr__(self) -> str:
+        of_group = (*groups.NUMERIC, *rule.Options._fields)
+        values = {"learning_rate": self._readable_learning_rate()}
+        for name, default in _defaults(type(self)).items():
+            value = self._default_group.readable(name) if name in of_group else getattr(self, name)
+            if name not in _SHOWN_APART and value != default:
+                values[name] = value
+        shown = [f"{name}={hyperparameters.shown(value)}" for name, value in values.items()]
+        if self._has_groups:
+            shown.append(f"{len(self._groups)} param_groups")
+        return f"<{type(self).__name__} {', '.join(shown)}>"
 
     # Weight decay and groups
 
@@ -386,6 +405,17 @@ class AdamW(Adam):
 _STATE_DTYPES = (None, "float32", "bfloat16")
 # Those that Keras's Adam does not have, besides those of the rule.
 _OWN_OPTIONS = {"state_dtype": None, "kahan_sum": None, "skip_nonfinite": False, "lazy": False}
+_SHOWN_APART = ("learning_rate", "param_groups", "name")
+
+
+def _defaults(optimizer_class) -> dict[str, Any]:
+    """Return the arguments of `Adam`, in its order, with the class's defaults."""
+    defaults = dict.fromkeys(inspect.signature(Adam).parameters)
+    for base in reversed(optimizer_class.__mro__):
+        for name, parameter in inspect.signature(base.__init__).parameters.items():
+            if name in defaults:
+                defaults[name] = parameter.default
+    return defaults
 
 
 def _unset_learning_rate() -> float:

@@ -91,12 +91,12 @@ class State(keras.optimizers.Optimizer):
         self.__dict__["_groups"] = [*parsed, default]
 
     @property
-    def param_groups(self) -> list[ParamGroup]:
+    def param_groups(self) -> groups.ParamGroups:
         """The parameter groups, for reading, and for setting numbers: in the order given, then the default group.
 
         A group that `add_param_group` adds to a built optimizer comes last, as in PyTorch.
         """
-        return list(self._groups)
+        return groups.ParamGroups(self._groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of variables, before or after `build`; in the middle of training, too.
