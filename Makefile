@@ -22,6 +22,7 @@ INSTALL_torch := torch
 INSTALL_demo := -e '.[demo]'
 INSTALL_test := -e '.[test]'
 INSTALL_lint := -e '.[lint]'
+INSTALL_notebooks := -e '.[notebooks]'
 INSTALL_bench := -e . -r benchmarks/requirements.txt
 
 # TensorFlow greets on stderr at every import; errors still show.
@@ -31,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 .DEFAULT_GOAL := help
 # Two pips must not write to one environment.
 .NOTPARALLEL:
-.PHONY: help demo test $(BACKENDS:%=test-%) fuzz bench lint format clean backend-is-known
+.PHONY: help demo test $(BACKENDS:%=test-%) fuzz bench notebooks lint format clean backend-is-known
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [KERAS_BACKEND=jax|tensorflow|torch] [PYTHON=python3.12] [PYTEST_ARGS=...]"
@@ -76,6 +77,10 @@ bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other op
 	done
 	$(PY) benchmarks/report.py
 
+# PyTorch besides the backend: a run is taken over from it.
+notebooks: backend-is-known $(STAMPS)/notebooks $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/torch  ## execute the notebooks in place
+	OMP_NUM_THREADS=1 KERAS_BACKEND=$(KERAS_BACKEND) $(PY) notebooks/run.py
+
 lint: $(STAMPS)/lint  ## check format, style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -102,7 +107,7 @@ $(STAMPS)/venv:
 	$(PYTHON) -m venv .venv
 	@mkdir -p $(STAMPS) && touch $@
 
-$(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/bench: \
+$(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/bench $(STAMPS)/notebooks: \
     $(STAMPS)/%: $(STAMPS)/venv pyproject.toml constraints.txt
 	$(PY) -m pip install -c constraints.txt $(INSTALL_$*)
 	@touch $@

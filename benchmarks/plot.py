@@ -38,16 +38,20 @@ THEMES = {
 
 def draw(results: list[dict], folder: Path) -> list[Path]:
     """Write the plot for light and for dark pages."""
-    panels = [(result["backend"], _chosen(result["rows"])) for result in results]
-    panels = [(backend, rows) for backend, rows in panels if rows]
     paths = []
-    for name, theme in THEMES.items():
-        path = folder / f"ratios-{name}.png"
-        figure = _figure(panels, theme)
-        figure.savefig(path, dpi=200)
-        plt.close(figure)
+    for theme in THEMES:
+        path = folder / f"ratios-{theme}.png"
+        drawn = figure(results, theme)
+        drawn.savefig(path, dpi=200)
+        plt.close(drawn)
         paths.append(path)
     return paths
+
+
+def figure(results: list[dict], theme: str):
+    """Return the plot; also for the notebook on speed."""
+    panels = [(result["backend"], _chosen(result["rows"])) for result in results]
+    return _figure([(backend, rows) for backend, rows in panels if rows], THEMES[theme])
 
 
 def _chosen(rows):
