@@ -101,7 +101,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         - [Loshchilov & Hutter, 2019: decoupled weight decay](https://arxiv.org/abs/1711.05101)
         - [Reddi et al., 2018: AMSGrad](https://arxiv.org/abs/1904.09237)
 
-    Example:
+    Examples:
         >>> import keras, keras_adam
         >>> weight = keras.Variable([1.0, -2.0])
         >>> optimizer = keras_adam.Adam(learning_rate=0.1)
@@ -365,7 +365,7 @@ class AdamW(Adam):
         - [Loshchilov & Hutter, 2019](https://arxiv.org/abs/1711.05101), Algorithm 2. Keras and PyTorch both multiply
           the decay by the learning rate; so does this class.
 
-    Example:
+    Examples:
         >>> import keras_adam
         >>> keras_adam.AdamW(1e-3).weight_decay
         0.004

@@ -112,7 +112,7 @@ class State(keras.optimizers.Optimizer):
 
         Raises:
             ValueError: If an option is unknown or out of range, a variable has a group already, or nothing is
-            selected.
+                selected.
         """
         group = groups.parse(self, "param_group", param_group, self._default_group)
         named = groups.named_variables(group.selector) if self._known else None
@@ -276,7 +276,7 @@ class State(keras.optimizers.Optimizer):
         Raises:
             ValueError: If `variables` is None and the optimizer is not built.
 
-        Example:
+        Examples:
             >>> import keras, keras_adam
             >>> weight = keras.Variable(keras.ops.zeros((10, 10)), name="weight")
             >>> keras_adam.Adam().state_size([weight])

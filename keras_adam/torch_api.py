@@ -58,7 +58,7 @@ class TorchVocabulary(State):
             ValueError: If an argument is out of its range.
             TypeError: If an argument is unknown or of a kind that cannot serve.
 
-        Example:
+        Examples:
             >>> import keras_adam
             >>> keras_adam.Adam.with_torch_arguments(lr=3e-4, weight_decay=0.01).epsilon
             1e-08
@@ -291,7 +291,7 @@ class TorchVocabulary(State):
         Raises:
             ValueError: If `variables` is None and the optimizer is not built.
 
-        Example:
+        Examples:
             >>> import keras, keras_adam
             >>> weight = keras.Variable(3.0)
             >>> optimizer = keras_adam.Adam(0.5)

@@ -1,0 +1,72 @@
+"""Every example runs: the code blocks of README.md and docs/, and the docstrings' `>>>`.
+
+The blocks of a page run in order and share their names, in an empty directory: ```python is executed, ```pycon is a
+doctest, whose output is compared. What needs a shell is ```console, and does not run.
+"""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import keras_adam
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+BLOCK = re.compile(r"^```(python|pycon)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(keras_adam.__path__, "keras_adam.")
+    if not module.name.startswith("keras_adam.backends")  # two of three are not to be imported
+]
+EXAMPLES = {
+    example.name: example
+    for name in ["keras_adam", *MODULES]
+    for example in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name))
+    if example.examples
+}
+
+
+def blocks(page):
+    """Return (language, code, line) of each block that must run."""
+    text = page.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        yield found[1], found[2], text.count("\n", 0, found.start(2))
+
+
+def run_doctest(example):
+    report = []
+    runner = doctest.DocTestRunner(verbose=False)
+    runner.run(example, out=report.append, clear_globs=False)
+    assert not runner.failures, "".join(report)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(blocks(p))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page.stem}
+    for language, code, line in blocks(page):
+        if language == "pycon":
+            example = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
+            example.globs = names  # not a copy: what a block defines, the next one knows
+            run_doctest(example)
+        else:
+            exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_docstring(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_doctest(EXAMPLES[name])
+
+
+def test_there_are_examples():
+    languages = {language for page in PAGES for language, _, _ in blocks(page)}
+    assert languages == {"python", "pycon"}
+    assert {"keras_adam.optimizer.Adam", "keras_adam.optimizer.AdamW"} <= set(EXAMPLES)
