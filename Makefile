@@ -24,15 +24,20 @@ INSTALL_test := -e '.[test]'
 INSTALL_lint := -e '.[lint]'
 INSTALL_notebooks := -e '.[notebooks]'
 INSTALL_bench := -e . -r benchmarks/requirements.txt
+INSTALL_docs := -e '.[docs]'
+INSTALL_dist := -e '.[dist]'
 
 # TensorFlow greets on stderr at every import; errors still show.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+# Material advertises its successor at every build.
+export NO_MKDOCS_2_WARNING ?= 1
 
 .DEFAULT_GOAL := help
 # Two pips must not write to one environment.
 .NOTPARALLEL:
-.PHONY: help demo test $(BACKENDS:%=test-%) fuzz bench notebooks lint format clean backend-is-known
+.PHONY: help demo test $(BACKENDS:%=test-%) fuzz bench notebooks docs docs-serve dist lint format clean \
+    backend-is-known
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [KERAS_BACKEND=jax|tensorflow|torch] [PYTHON=python3.12] [PYTEST_ARGS=...]"
@@ -81,6 +86,18 @@ bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other op
 notebooks: backend-is-known $(STAMPS)/notebooks $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/torch  ## execute the notebooks in place
 	OMP_NUM_THREADS=1 KERAS_BACKEND=$(KERAS_BACKEND) $(PY) notebooks/run.py
 
+docs: $(STAMPS)/docs  ## build the site into site/, strictly: a dead link or a bad docstring fails
+	$(PY) -m mkdocs build --strict --quiet
+	$(PY) .ci/links.py site
+
+docs-serve: $(STAMPS)/docs  ## serve the site on port 8000, built anew at each change
+	$(PY) -m mkdocs serve
+
+dist: $(STAMPS)/dist  ## build wheel and sdist into dist/, and check what an index would check
+	rm -rf dist
+	$(PY) -m build --no-isolation
+	$(PY) -m twine check --strict dist/*
+
 lint: $(STAMPS)/lint  ## check format, style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -91,7 +108,7 @@ format: $(STAMPS)/lint  ## format and sort imports
 	$(PY) -m ruff format .
 
 clean:  ## remove .venv and everything else that these targets made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 	rm -f digits.keras digits.png continue_from_pytorch.png
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -107,7 +124,8 @@ $(STAMPS)/venv:
 	$(PYTHON) -m venv .venv
 	@mkdir -p $(STAMPS) && touch $@
 
-$(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/bench $(STAMPS)/notebooks: \
+$(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/bench $(STAMPS)/notebooks \
+    $(STAMPS)/docs $(STAMPS)/dist: \
     $(STAMPS)/%: $(STAMPS)/venv pyproject.toml constraints.txt
 	$(PY) -m pip install -c constraints.txt $(INSTALL_$*)
 	@touch $@
