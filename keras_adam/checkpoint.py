@@ -7,7 +7,7 @@ path of the variable that it belongs to, its dtype, and a checksum of this and o
 
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import keras
@@ -39,13 +39,13 @@ class Entry(NamedTuple):
     def label(self) -> str:
         return _label(self.role, self.path)
 
-    def saved(self) -> "Saved":
-        """Return it as it is to be saved."""
+    def saved(self, to_numpy: Callable[[Any], np.ndarray]) -> "Saved":
+        """Return it as it is to be saved; `to_numpy` gives a tensor's values."""
         dtype = keras.backend.standardize_dtype(self.variable.dtype)
         # HDF5 has no bfloat16.
         value = ops.cast(self.variable, "float32") if dtype == "bfloat16" else self.variable
         start = "" if self.start is None else str(self.start)
-        array = np.asarray(ops.convert_to_numpy(value))
+        array = np.asarray(to_numpy(value))
         return Saved(self.role, self.path, array, start, self.frozen, dtype)
 
 

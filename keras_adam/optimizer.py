@@ -91,6 +91,12 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             sparse tensors) updates only the rows that it touches, as `torch.optim.SparseAdam` does: the moments of the
             others do not decay, and weight decay leaves them alone. Not with `gradient_accumulation_steps`. Defaults
             to `False`: the result is that of the dense gradient.
+        shard_state: Whether, on JAX under a `keras.distribution`, each data-parallel device keeps its part of the state
+            (moments, averages, accumulators, compensations) and makes its part of the update (ZeRO, stage 1): the first
+            axis that the number of devices divides is split, and a variable without such an axis has its state
+            whole. Without a distribution, and on TensorFlow and PyTorch, the state stays whole. Results are the
+            same, and so are files; where several processes share the work, all must save together. Defaults to
+            `False`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -100,6 +106,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         - [Kingma & Ba, 2015: Adam](https://arxiv.org/abs/1412.6980)
         - [Loshchilov & Hutter, 2019: decoupled weight decay](https://arxiv.org/abs/1711.05101)
         - [Reddi et al., 2018: AMSGrad](https://arxiv.org/abs/1904.09237)
+        - [Rajbhandari et al., 2020: ZeRO](https://arxiv.org/abs/1910.02054)
 
     Examples:
         >>> import keras, keras_adam
@@ -147,6 +154,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         kahan_sum: bool | None = None,
         skip_nonfinite: bool = False,
         lazy: bool = False,
+        shard_state: bool = False,
     ):
         numeric = {
             "beta_1": beta_1,
@@ -193,6 +201,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
                 "`lazy` must be False with `gradient_accumulation_steps`: an accumulated gradient has all rows. "
                 f"Received: lazy=True, gradient_accumulation_steps={gradient_accumulation_steps}"
             )
+        self.shard_state = hyperparameters.check_choice("shard_state", shard_state, (True, False))
         if not dynamic:
             self.learning_rate = learning_rate
         self._decay_exclusions = DecayExclusions()
@@ -404,7 +413,13 @@ class AdamW(Adam):
 
 _STATE_DTYPES = (None, "float32", "bfloat16")
 # Those that Keras's Adam does not have, besides those of the rule.
-_OWN_OPTIONS = {"state_dtype": None, "kahan_sum": None, "skip_nonfinite": False, "lazy": False}
+_OWN_OPTIONS = {
+    "state_dtype": None,
+    "kahan_sum": None,
+    "skip_nonfinite": False,
+    "lazy": False,
+    "shard_state": False,
+}
 _SHOWN_APART = ("learning_rate", "param_groups", "name")
 
 

@@ -55,6 +55,7 @@ class State(keras.optimizers.Optimizer):
     state_dtype: str | None
     kahan_sum: bool | None
     skip_nonfinite: bool
+    shard_state: bool
     skipped_steps: Any
     _in_step: list[Any]  # the variables of the present call of `apply`
     _slot_dtype: str | None  # of the state variable that is being made, if not its variable's
@@ -352,9 +353,18 @@ class State(keras.optimizers.Optimizer):
         """Add a state variable; one of half precision becomes float32, as a moment in bfloat16 stalls."""
         if self._slot_dtype is not None:
             dtype = self._slot_dtype
+            kwargs["layout"] = self._slot_layout(kwargs.get("layout"), shape)
         elif dtype is None or keras.backend.is_float_dtype(dtype):
             dtype = compute_dtype(dtype or keras.config.floatx())
         return super().add_variable(shape, initializer, dtype, **kwargs)
+
+    def _slot_layout(self, layout, shape):
+        """Return how a state variable of a variable of `layout` and `shape` is spread over devices."""
+        return layout
+
+    def _whole(self, variable):
+        """Return a state variable's value, of which this process may hold a part, as one array of NumPy."""
+        return ops.convert_to_numpy(variable)
 
     def _moments_of(self, index: int) -> Moments:
         s = self._slots("_velocity_hats")[index]
@@ -424,7 +434,7 @@ class State(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store) -> None:
         """Write the state into a store of `keras.saving`."""
-        state = (entry.saved() for entry in self._entries_in_order())
+        state = (entry.saved(self._whole) for entry in self._entries_in_order())
         if self._pending_state is None:
             checkpoint.save(store, state)
             return

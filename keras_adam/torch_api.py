@@ -230,7 +230,7 @@ class TorchVocabulary(State):
         for name, attribute in _MOMENTS.items():
             slot = self._slots(attribute)[index]
             if slot is not None:
-                array = ops.convert_to_numpy(slot)
+                array = self._whole(slot)
                 moments[name] = layouts.to_torch(self._known[index], array)
         return moments
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import keras
-from jax.experimental import sparse
+from jax.experimental import multihost_utils, sparse
 from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
@@ -61,7 +61,7 @@ class Backend:
         # What was compiled here is compiled anew when a constant of it changes.
         self._traced, self._traced_rate = traced
         # They are of the right shape and dtype, which `assign` would find out for each. A subclass may have its own.
-        is_own = type(self).assign is not keras.optimizers.Optimizer.assign
+        is_own = type(self).assign is not Backend.assign
         is_own = is_own or "assign" in self.__dict__
         assign = self.assign if is_own or in_stateless_scope() else _assign
         for variable, value in zip(changing, values, strict=True):
@@ -109,6 +109,41 @@ class Backend:
             *((g.options, g.stored is None and g.changes) for g in self._groups),
             *(getattr(self, name) for name in _CONSTANTS),
         )
+
+    # State that is spread over the data-parallel devices: gradients are handed on in the state's layout, so that XLA sums
+    # and splits them in one, each device updates its part, and the weights are put together again.
+
+    def _slot_layout(self, layout, shape):
+        distribution = keras.distribution.distribution()
+        if not self.shard_state or distribution is None or layout is None:
+            return layout
+        mesh, axis = distribution.device_mesh, distribution.batch_dim_name
+        axes = list(_spec_of(layout)) + [None] * (len(shape) - len(_spec_of(layout)))
+        devices = mesh.shape[list(mesh.axis_names).index(axis)]
+        for i, size in enumerate(shape):
+            if axis not in axes and axes[i] is None and size and size % devices == 0:
+                axes[i] = axis
+        return keras.distribution.TensorLayout(axes, mesh)
+
+    def _reduce(self, grads):
+        if not self.shard_state:
+            return grads
+        states = [self._momentums[self._get_variable_index(v)] for v in self._in_step]
+        return [
+            g if isinstance(g, Rows) else _laid_out_like(state, g)
+            for g, state in zip(grads, states, strict=False)
+        ]
+
+    def assign(self, variable, value):
+        if self.shard_state and isinstance(variable, keras.Variable):
+            value = _laid_out_like(variable, keras.ops.cast(value, variable.dtype))
+        super().assign(variable, value)
+
+    def _whole(self, variable):
+        value = variable.value if isinstance(variable, keras.Variable) else variable
+        if not value.is_fully_addressable and not value.is_fully_replicated:
+            return multihost_utils.process_allgather(value, tiled=True)
+        return super()._whole(variable)
 
     def finalize_variable_values(self, var_list):
         # When a train step has failed, Keras's trainer calls this with all variables empty; an error from here would
@@ -187,6 +222,17 @@ class Backend:
 
 def _assign(variable, value) -> None:
     variable._direct_assign(value)
+
+
+def _spec_of(layout):
+    """Return the mesh axis of each of an array's axes; Keras's layouts and JAX's shardings tell them."""
+    return layout.axes if hasattr(layout, "axes") else layout.spec
+
+
+def _laid_out_like(variable, value):
+    """Return the value spread over devices as the variable is."""
+    layout = getattr(variable, "_layout", None)
+    return value if layout is None else keras.distribution.distribute_tensor(value, layout)
 
 
 class _RecordingScope(keras.StatelessScope):

@@ -1,0 +1,121 @@
+"""Training on several devices ends where training on one ends, and all replicas hold the same weights.
+
+The trainings are those of replicas.py, in processes of their own: devices are set up before a framework starts. Devices
+are parts of this machine's CPU; where an engine has several processes, they speak over the loopback.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from replicas import CASES, cases_of
+from steps import BACKEND
+
+WORKER = Path(__file__).with_name("replicas.py")
+# Of float32 weights near 1, after 16 steps: gradients are summed in another order, and Adam divides by their size.
+ATOL = dict.fromkeys(CASES, 2e-5)
+# Each replica's gradient is rounded to 8 bits before they are summed. Steps are 0.01 long, weights 0.004 apart.
+ATOL["bfloat16"] = 0.01
+# By engine: how many processes, and how many replicas each of them can show.
+ENGINES = {
+    "jax": {
+        "data-parallel": (1, 8),
+        "data-parallel+shard_state": (1, 8),
+        "model-parallel": (1, 1),
+        "model-parallel+shard_state": (1, 1),
+        "data-parallel in two processes": (2, 2),
+        "data-parallel+shard_state in two processes": (2, 2),
+    },
+    "tensorflow": {"mirrored": (1, 2), "mirrored-loop": (1, 2), "multi-worker-loop": (2, 1)},
+    "torch": {"ddp": (2, 1)},
+}[BACKEND]
+
+
+def environment(devices):
+    return {
+        **os.environ,
+        "KERAS_BACKEND": BACKEND,
+        "OMP_NUM_THREADS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+
+
+def free_address():
+    """Return an address with a free port, and another free one above it."""
+    while True:
+        with socket.socket() as first, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            with socket.socket() as second:
+                second.bind(("127.0.0.1", port + 1))
+                return f"127.0.0.1:{port}"
+
+
+def start(arguments, devices=8):
+    command = [sys.executable, str(WORKER), *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(workers):
+    try:
+        outputs = [w.communicate(timeout=600)[0].decode() for w in workers]
+    finally:
+        for w in workers:
+            w.kill()
+    for w, output in zip(workers, outputs, strict=True):
+        assert w.returncode == 0, output
+
+
+def replicas_in(*files):
+    """Return by case the weights of each replica."""
+    found = {case: [] for case in CASES}
+    for file in files:
+        arrays = np.load(file)
+        for case, replicas in found.items():
+            names = [n.split("/") for n in arrays.files if n.startswith(f"{case}/")]
+            for i in sorted({int(i) for _, i, _ in names}):
+                of_replica = [int(j) for _, k, j in names if int(k) == i]
+                replicas.append([arrays[f"{case}/{i}/{j}"] for j in sorted(of_replica)])
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "weights.npz"
+    finish([start(["one", out])])
+    return replicas_in(out)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_devices(engine, one, tmp_path):
+    processes, shown = ENGINES[engine]
+    engine = engine.removesuffix(" in two processes")
+    files = [tmp_path / f"{rank}.npz" for rank in range(processes)]
+    address = free_address()
+    ranks = [[]] if processes == 1 else [[rank, address] for rank in range(processes)]
+    finish(
+        [
+            start([engine, file, *rank], devices=8 // processes**2)
+            for file, rank in zip(files, ranks, strict=True)
+        ]
+    )
+    found = replicas_in(*files)
+    for case in cases_of(engine):
+        replicas = found[case]
+        assert len(replicas) == processes * shown
+        for replica in replicas:
+            for got, expected, first in zip(replica, one[case][0], replicas[0], strict=True):
+                np.testing.assert_array_equal(got, first, err_msg=case)
+                np.testing.assert_allclose(got, expected, rtol=0, atol=ATOL[case], err_msg=case)
+        assert max(np.ptp(w) for w in replicas[0]) > 0.1
