@@ -110,8 +110,8 @@ class Backend:
             *(getattr(self, name) for name in _CONSTANTS),
         )
 
-    # State that is spread over the data-parallel devices: gradients are handed on in the state's layout, so that XLA sums
-    # and splits them in one, each device updates its part, and the weights are put together again.
+    # State that is spread over the data-parallel devices: gradients are handed on in its layout, so that XLA sums them
+    # and splits them in one; each device updates its part, and the weights are put together again.
 
     def _slot_layout(self, layout, shape):
         distribution = keras.distribution.distribution()
