@@ -6,16 +6,20 @@ are parts of this machine's CPU; where an engine has several processes, they spe
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
+import keras_adam  # noqa: F401 - a saved model names its class
 from replicas import CASES, cases_of
-from steps import BACKEND
+from steps import BACKEND, value_of
 
 WORKER = Path(__file__).with_name("replicas.py")
 # Of float32 weights near 1, after 16 steps: gradients are summed in another order, and Adam divides by their size.
@@ -37,7 +41,7 @@ ENGINES = {
 }[BACKEND]
 
 
-def environment(devices):
+def environment(devices=1):
     return {
         **os.environ,
         "KERAS_BACKEND": BACKEND,
@@ -119,3 +123,48 @@ def test_devices(engine, one, tmp_path):
                 np.testing.assert_array_equal(got, first, err_msg=case)
                 np.testing.assert_allclose(got, expected, rtol=0, atol=ATOL[case], err_msg=case)
         assert max(np.ptp(w) for w in replicas[0]) > 0.1
+
+
+EXAMPLE = {
+    "jax": "jax_data_parallel.py",
+    "tensorflow": "tensorflow_strategies.py",
+    "torch": "torch_ddp.py",
+}[BACKEND]
+EPOCHS = 4
+
+
+def launch(folder):
+    examples = WORKER.parents[1] / "examples"
+    arguments = [examples / EXAMPLE, "--epochs", EPOCHS, "--backup", folder]
+    return subprocess.Popen(
+        [sys.executable, examples / "launch.py", *map(str, arguments)],
+        # The example makes its devices itself.
+        env=environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_one_of_two_processes_is_killed(tmp_path):
+    """Both are started again, and end to the bit where an undisturbed run ends; with the state sharded on JAX."""
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    finish([launch(undisturbed)])
+    launcher = launch(disturbed)
+    deadline = time.monotonic() + 300
+    while not (disturbed / "epoch-0001.keras").exists():
+        assert launcher.poll() is None, launcher.communicate()[0].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    output = launcher.communicate(timeout=120)[0].decode()
+    assert launcher.returncode == 1, output
+    assert "process 1 ended with -9" in output or "process 0 ended" in output
+    assert not (disturbed / f"epoch-{EPOCHS - 1:04}.keras").exists()
+    finish([launch(disturbed)])
+    last = f"epoch-{EPOCHS - 1:04}.keras"
+    first, second = (keras.saving.load_model(f / last) for f in (undisturbed, disturbed))
+    compared = [first.variables, first.optimizer.variables]
+    for ours, theirs in zip(compared, [second.variables, second.optimizer.variables], strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(value_of(one), value_of(other), err_msg=one.path)

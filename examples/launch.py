@@ -1,0 +1,51 @@
+"""Start a script in several processes on this machine, and end all of them when one dies.
+
+    python examples/launch.py [--processes 2] examples/jax_data_parallel.py [arguments]
+
+Each process finds its number in RANK, how many there are in WORLD_SIZE, and the address of the first in MASTER_ADDR and
+MASTER_PORT: the names that PyTorch's `torchrun` uses, which serves as well. On a cluster, its scheduler does this.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    given = parser.parse_args()
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared["WORLD_SIZE"] = str(given.processes)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, given.script, *given.arguments],
+            env={**os.environ, **shared, "RANK": str(rank)},
+        )
+        for rank in range(given.processes)
+    ]
+    try:
+        # What is left of a training when one process has died would wait for it for ever.
+        while any(w.poll() is None for w in workers) and not any(w.poll() for w in workers):
+            time.sleep(0.2)
+    finally:
+        for w in workers:
+            w.kill()
+    for rank, w in enumerate(workers):
+        if w.wait():
+            sys.exit(f"process {rank} ended with {w.returncode}; all were ended")
+
+
+if __name__ == "__main__":
+    main()
