@@ -76,8 +76,8 @@ def main() -> None:
     lines = [
         "# State spread over devices",
         f"{LAYERS} layers of {WIDTH} x {WIDTH}, batch of {BATCH}, {DEVICES} devices made of {os.cpu_count()} cores; "
-        "JAX, `keras.distribution.DataParallel`, `train_on_batch`. Bytes of state per parameter, as the shards of the first "
-        "device tell; the time of a sharded step divided by that of a whole one, medians of rounds in turn.",
+        "JAX, `keras.distribution.DataParallel`, `train_on_batch`. Bytes of state per parameter, as the shards of "
+        "the first device tell; the time of a sharded step divided by that of a whole one, medians of rounds in turn.",
         "| | whole | sharded | time |\n| --- | ---: | ---: | ---: |",
     ]
     for name, (dtype, options) in VARIANTS.items():
