@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_adam import hyperparameters, rule
@@ -178,13 +179,26 @@ class PortableAdam(State):
     def _count(self, is_done) -> None:
         """Count this call of `apply` as a step, or as a skipped one."""
         if is_done is True:
-            self._iterations.assign_add(1)
+            self._increment_iterations(1)
         elif is_done is False:
             self.skipped_steps.assign_add(1)
         else:
-            self._iterations.assign_add(ops.cast(is_done, self._iterations.dtype))
+            self._increment_iterations(ops.cast(is_done, self._iterations.dtype))
             skipped = ops.cast(ops.logical_not(is_done), self.skipped_steps.dtype)
             self.skipped_steps.assign_add(skipped)
+
+    def _increment_iterations(self, by) -> None:
+        self._iterations.assign_add(by)
+
+    def _check_count(self, count: int) -> None:
+        """Raise if `count`, the number of steps so far, is the last that the count can hold."""
+        last = np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max
+        if count >= last:
+            raise OverflowError(
+                f"`optimizer.iterations` has come to {last}, the last number of its dtype: schedules, accumulation and "
+                "averages cannot go on from here. Assign a smaller one, for which they are what you want, to train on. "
+                f"Received: iterations={count}"
+            )
 
     def _accumulate(self, grads, variables, absent) -> None:
         """Add the gradients to the accumulators; when enough micro-steps have come together, update from their mean.
@@ -361,7 +375,10 @@ class PortableAdam(State):
 
         @functools.cache
         def of_group(group: ParamGroup, start: int | None, dtype: str) -> rule.Scalars:
-            t = iterations + 1 if start is None else iterations + 1 - self._starts[start]
+            # The difference in whole numbers: float32 has not all of them from 2^24 on, but a `t` that large
+            # corrects nothing any more. The one added last: the greatest whole number has no next one.
+            updates = iterations if start is None else iterations - self._starts[start]
+            t = ops.cast(updates, dtype) + 1
             return group.scalars(learning_rate, self._iterations, t, dtype, compiling, for_kernel)
 
         def scalars(group, start, dtype, decays) -> rule.Scalars:
@@ -407,6 +424,7 @@ class PortableAdam(State):
                 before a group of these variables was added, so that it knew nothing of that.
         """
         super().finalize_variable_values(var_list)
+        self._check_count(int(ops.convert_to_numpy(self._iterations)))
         self._check_joined(var_list)
         if self._traced and self._traced_rate is not self._dynamic_rate():
             raise ValueError(

@@ -36,6 +36,10 @@ class Backend:
 
     def __init__(self, *args, **kwargs):
         self.__dict__["_compiled"] = {}
+        self.__dict__["_counted"] = (
+            None,
+            0,
+        )  # the array of iterations that the last step left, its number at most
         super().__init__(*args, **kwargs)
 
     def apply(self, grads, trainable_variables=None):
@@ -45,6 +49,7 @@ class Backend:
         if not grads or not self._may_compile(grads):
             super().apply(grads, trainable_variables)
             return
+        self._check_count_at_most()
         variables = self._variables_for(grads, trainable_variables)
         constants = self._constants()
         key = tuple(map(id, variables)), tuple(g is None for g in grads), constants
@@ -66,6 +71,22 @@ class Backend:
         assign = self.assign if is_own or in_stateless_scope() else _assign
         for variable, value in zip(changing, values, strict=True):
             assign(variable, value)
+        self.__dict__["_counted"] = self._iterations._value, self._counted[1] + 1
+
+    def _check_count_at_most(self) -> None:
+        # The device is asked, which would wait for it, only after the count was set, or where it may be at its end.
+        array, count = self._counted
+        if array is not self._iterations._value or count >= 2**31 - 1:
+            count = int(self._iterations._value)
+            self.__dict__["_counted"] = self._iterations._value, count
+        self._check_count(count)
+
+    def _increment_iterations(self, by):
+        # A compiled step cannot raise: int32 stays at its end, where bias corrections are right, instead of becoming
+        # negative; the end of `fit` and an eager step tell.
+        count = self._iterations.value
+        last = jax.numpy.iinfo(count.dtype).max
+        self._iterations.assign(jax.numpy.where(count == last, count, count + by))
 
     def _stateless_step(self, variables, values, grads):
         changing = self._changing(variables)

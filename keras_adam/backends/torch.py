@@ -26,6 +26,7 @@ class Backend:
     def apply(self, grads, trainable_variables=None):
         iterations = self._iterations._value
         before, version = self._read(self._iterations), iterations._version
+        self._check_count(before)
         super().apply(grads, trainable_variables)
         if iterations._version == version + 1:
             # One step was counted: known without asking the device, which would wait for all that is under way.

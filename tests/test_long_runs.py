@@ -1,0 +1,104 @@
+"""Counts of steps that float32 does not hold (from 2^24 on), and where int32 ends."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_adam
+from models import fit, make_model
+from steps import BACKEND, compiled_step, either_way, value_of
+
+# Of `iterations`: Keras makes it int64 on TensorFlow.
+LAST = 2**63 - 1 if BACKEND == "tensorflow" else 2**31 - 1
+GRADIENT = np.array([0.5, -0.5], "float32")
+
+
+def at(count, **options):
+    variable = keras.Variable([1.0, -1.0])
+    optimizer = keras_adam.Adam(0.01, **options)
+    optimizer.build([variable])
+    optimizer._iterations.assign(np.array(count))
+    return optimizer, variable
+
+
+def moved(optimizer, variable, steps=1, make_step=compiled_step):
+    step, before = make_step(optimizer, [variable]), value_of(variable)
+    for _ in range(steps):
+        step(GRADIENT)
+    return value_of(variable) - before
+
+
+@either_way
+@pytest.mark.parametrize("count", [2**24 - 1, 2**24, 2**24 + 1, 2**31 - 3, 2**31 - 2])
+def test_first_step_of_fresh_moments_at_a_late_count(make_step, count):
+    """All bias corrections are 1: the step is lr * 0.1 g / sqrt(0.001 g^2)."""
+    optimizer, variable = at(count)
+    change = moved(optimizer, variable, make_step=make_step)
+    np.testing.assert_allclose(change, [-0.01 * 0.1 / 0.001**0.5, 0.01 * 0.1 / 0.001**0.5], 1e-5)
+    assert int(value_of(optimizer.iterations)) == count + 1
+
+
+def test_bias_correction_goes_on_where_beta_2_is_all_but_one():
+    """1 - beta_2^t is 0.0166 at 2^24; a `t` off by one is 6e-8 of it."""
+    rate = 1e-9
+    optimizer, variable = at(2**24, beta_1=0.0, beta_2=1 - rate)
+    correction = -np.expm1((2**24 + 1) * np.log1p(-rate))
+    change = moved(optimizer, variable)
+    expected = 0.01 * correction**0.5 * 0.5 / ((rate * 0.25) ** 0.5 + 1e-7)
+    np.testing.assert_allclose(-change[0], expected, rtol=1e-5)
+
+
+@either_way
+@pytest.mark.parametrize("count", [2**24 + 1, 2**31 - 4])
+def test_variable_that_joins_late_starts_at_its_own_step_one(make_step, count):
+    optimizer, variable = at(count)
+    late = keras.Variable([1.0, -1.0])
+    optimizer.add_param_group({"params": late})
+    optimizer.build([variable, late])
+    step = make_step(optimizer, [variable, late])
+    for steps in (1, 2):  # each of them moves by the learning rate
+        step(GRADIENT, GRADIENT)
+        np.testing.assert_allclose(value_of(late), [1 - 0.01 * steps, 0.01 * steps - 1], 1e-5)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="int64 there")
+def test_last_count_refuses_another_eager_step():
+    optimizer, variable = at(LAST - 1)
+    gradients = [keras.ops.convert_to_tensor(GRADIENT)]
+    optimizer.apply(gradients, [variable])
+    before = value_of(variable)
+    with pytest.raises(OverflowError, match="iterations=2147483647"):
+        optimizer.apply(gradients, [variable])
+    np.testing.assert_array_equal(value_of(variable), before)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="int64 there")
+def test_last_count_is_told_by_fit():
+    model = make_model(keras_adam.Adam())
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.iterations.assign(LAST - 2)
+    with pytest.raises(OverflowError, match="iterations"):
+        fit(model)
+    assert int(value_of(model.optimizer.iterations)) == LAST
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="int32 elsewhere")
+def test_tensorflow_goes_on_beyond_int32():
+    optimizer, variable = at(2**31 - 2, gradient_accumulation_steps=2)
+    moved(optimizer, variable, steps=4)
+    assert int(value_of(optimizer._iterations)) == 2**31 + 2
+
+
+def test_saved_count_that_does_not_fit_is_refused():
+    optimizer, _ = at(5)
+    store = {}
+    optimizer.save_own_variables(store)
+    store["0"] = np.array(2**33 + 7)
+    if BACKEND == "tensorflow":
+        optimizer.load_own_variables(store)
+        assert int(value_of(optimizer.iterations)) == 2**33 + 7
+        return
+    with pytest.raises(ValueError, match="8589934599"):
+        optimizer.load_own_variables(store)
+    assert int(value_of(optimizer.iterations)) == 5
