@@ -61,7 +61,8 @@ class Optimizer:
     """`options` are those of `keras_adam.Adam`; each variable's group has all of a group's own.
 
     `scalar_error` is how exact the scalars of a step are, relative. `lone_norms_hold`: the norm of a
-    single number is its size, also where its square is infinite, as in PyTorch's own norms.
+    single number is its size, also where its square is infinite, as in PyTorch's own norms, which are
+    taken of gradients that are all of one dtype.
     """
 
     def __init__(self, variables, options, scalar_error=2e-6, lone_norms_hold=False):
@@ -136,15 +137,17 @@ class Optimizer:
                 for g, e in zip(gradients, errors, strict=True)
             ]
             return [np.clip(g, -limit, limit) for g in gradients], errors
+        wide = {self.variables[i].wide for i in chosen}
+        lone_holds = self.lone_norms_hold and len(wide) == 1
         norms = [
-            self._norm(g.ravel(), self.variables[i].wide)
+            _norm(g.ravel(), self.variables[i].wide, lone_holds)
             for i, g in zip(chosen, gradients, strict=True)
         ]
         if options["clipnorm"]:
             factors = [_factor(options["clipnorm"], norm) for norm in norms]
         elif options["global_clipnorm"]:
-            wide = {self.variables[i].wide for i in chosen}
-            total = self._norm(np.array(norms), "float64" if "float64" in wide else "float32")
+            widest = "float64" if "float64" in wide else "float32"
+            total = _norm(np.array(norms), widest, lone_holds)
             factors = [_factor(options["global_clipnorm"], total)] * len(gradients)
         else:
             return gradients, errors
@@ -154,11 +157,6 @@ class Optimizer:
             for e, g, factor in zip(errors, clipped, factors, strict=True)
         ]
         return clipped, errors
-
-    def _norm(self, values, wide):
-        if self.lone_norms_hold and values.size == 1:
-            return np.abs(values[0])
-        return np.sqrt(_in_range(np.sum(_in_range(values * values, wide)), wide))
 
     def _update(self, chosen, gradients, errors):
         gradients, errors = self._clip(chosen, gradients, errors)
@@ -257,6 +255,12 @@ class Optimizer:
 def _in_range(x, wide):
     """Infinity for what is beyond float32's range, where all is computed in it."""
     return np.where(np.abs(x) > LARGEST, np.inf, x) if wide == "float32" else x
+
+
+def _norm(values, wide, lone_holds):
+    if lone_holds and values.size == 1:
+        return np.abs(values[0])
+    return np.sqrt(_in_range(np.sum(_in_range(values * values, wide)), wide))
 
 
 def _factor(limit, norm):

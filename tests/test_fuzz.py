@@ -297,7 +297,7 @@ class Run:
         old = self.optimizer
         new = keras_adam.Adam.from_config(old.get_config())
         assert new.get_config() == old.get_config()
-        before = bits([*self.variables, *(x.variable for x in old._entries_in_order())])
+        before = self._state(old)
         has_joined_late = any(v.start for v in self.model.variables)
         if has_joined_late and how != "h5":
             # Only HDF5 tells which of the variables joined when.
@@ -325,9 +325,16 @@ class Run:
             # These are in the order in which `old` made them.
             new.build(self.variables)
             new.set_weights([x.variable for x in old._entries_in_order()])
-        after = bits([*self.variables, *(x.variable for x in new._entries_in_order())])
-        assert_same_bits(after, before, "the state loaded")
+        assert_same_bits(self._state(new), before, "the state loaded")
         self.optimizer, self.compiled = new, None
+
+    def _state(self, optimizer):
+        """All of it; when each variable joined is told as a number, as who joined together shares one variable."""
+        entries = [
+            e.variable for e in optimizer._entries_in_order() if not e.role.startswith("start")
+        ]
+        joined = [0 if i is None else value_of(optimizer._starts[i]) for i in optimizer._start_of]
+        return [*bits([*self.variables, *entries]), np.array(joined)]
 
     def add_group(self, options, shape, dtype):
         variable = self._variable(shape, dtype)
