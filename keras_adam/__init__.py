@@ -1,6 +1,10 @@
 """Adam for Keras 3: one optimizer, with the same numbers on JAX, TensorFlow and PyTorch."""
 
-from keras_adam.optimizer import Adam, AdamW
+from keras_adam import seams
+
+seams.check()  # before what relies on them is imported
+
+from keras_adam.optimizer import Adam, AdamW  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["Adam", "AdamW", "__version__"]

@@ -1,46 +1,21 @@
 """The private hooks of Keras that this package replaces or calls: if one goes, that must be loud."""
 
 import inspect
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import tomllib
 
 import keras
 import pytest
 
 import keras_adam
+from keras_adam import seams
 from keras_adam.backends import Backend
+from keras_adam.seams import HOOKS, SUPPORTED
 
-# Each hook with the parameters that are relied on.
-HOOKS = {
-    "_backend_apply_gradients": ["self", "grads", "trainable_variables"],
-    "_backend_increment_gradient_accumulators": ["self", "grads", "acc_grads"],
-    "_backend_update_step": ["self", "grads", "trainable_variables", "learning_rate"],
-    "_check_super_called": ["self"],
-    "_check_variables_are_known": ["self", "variables"],
-    "_clip_gradients": ["self", "grads"],
-    "_filter_empty_gradients": ["self", "grads", "vars"],
-    "_get_current_learning_rate": ["self"],
-    "_get_variable_index": ["self", "variable"],
-    "_overwrite_model_variables_with_average_value": ["self", "trainable_variables"],
-    "_overwrite_variables_directly_with_gradients": ["self", "grads", "vars"],
-    "_overwrite_variable_with_gradient": ["self", "variable"],
-    "_update_model_variables_moving_average": ["self", "trainable_variables"],
-    "_use_weight_decay": ["self", "variable"],
-    "_var_key": ["self", "variable"],
-    "add_optimizer_variables": ["self", "trainable_variables", "name", "initializer"],
-    "add_variable": ["self", "shape", "initializer", "dtype"],
-    "add_variable_from_reference": ["self", "reference_variable", "name", "initializer"],
-    "apply": ["self", "grads", "trainable_variables"],
-    "apply_gradients": ["self", "grads_and_vars"],
-    "assign": ["self", "variable", "value"],
-    "build": ["self", "variables"],
-    "exclude_from_weight_decay": ["self", "var_list", "var_names"],
-    "finalize_variable_values": ["self", "var_list"],
-    "load_own_variables": ["self", "store"],
-    "save_own_variables": ["self", "store"],
-    "scale_loss": ["self", "loss"],
-    "set_weights": ["self", "weights"],
-    "stateless_apply": ["self", "optimizer_variables", "grads", "trainable_variables"],
-    "update_step": ["self", "gradient", "variable", "learning_rate"],
-}
 ATTRIBUTES = [
     "_iterations",
     "_learning_rate",
@@ -52,7 +27,7 @@ ATTRIBUTES = [
 @pytest.mark.parametrize("hook", HOOKS)
 def test_keras_has_the_hook_with_the_parameters_relied_on(hook):
     parameters = list(inspect.signature(getattr(keras.optimizers.Optimizer, hook)).parameters)
-    assert parameters[: len(HOOKS[hook])] == HOOKS[hook]
+    assert tuple(parameters[: len(HOOKS[hook])]) == HOOKS[hook]
 
 
 def test_every_hook_that_is_replaced_is_listed():
@@ -86,3 +61,38 @@ def test_keras_has_what_an_eager_step_on_jax_relies_on():
     assert not in_stateless_scope()
     variable._direct_assign(keras.ops.array([2.0]))
     assert float(variable._value[0]) == 2.0
+
+
+CHANGES = {
+    "del Optimizer._clip_gradients": "keras.optimizers.Optimizer has no `_clip_gradients`",
+    "Optimizer._var_key = lambda self, v: id(v)": (
+        "keras.optimizers.Optimizer._var_key takes (self, v) instead of (self, variable)"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_import_says_which_hook_is_gone_and_which_keras_serves(change):
+    base = "from keras.src.optimizers.base_optimizer import BaseOptimizer as Optimizer"
+    code = f"import keras\n{base}\n{change}\nimport keras_adam"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: keras_adam needs Keras {SUPPORTED}, whose insides it relies on: {CHANGES[change]}. "
+        f"Received: keras {keras.__version__}"
+    )
+
+
+def test_check_takes_no_time_to_speak_of():
+    start = time.process_time()
+    seams.check()
+    assert time.process_time() - start < 0.05  # some 30 signatures; importing keras takes seconds
+
+
+def test_supported_versions_are_those_that_are_installed():
+    pyproject = pathlib.Path(__file__).parent.parent / "pyproject.toml"
+    assert f"keras{SUPPORTED}" in tomllib.loads(pyproject.read_text())["project"]["dependencies"]

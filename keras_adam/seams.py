@@ -1,0 +1,63 @@
+"""What of Keras's insides this package relies on: if some of it goes, importing the package says so."""
+
+import inspect
+from typing import NoReturn
+
+import keras
+
+SUPPORTED = ">=3.15,<4"  # as in pyproject.toml
+
+# Each method of `keras.optimizers.Optimizer` that is replaced or called, with the parameters relied on. Some are
+# public: they are replaced by methods that take the same.
+HOOKS = {
+    "_backend_apply_gradients": ("self", "grads", "trainable_variables"),
+    "_backend_increment_gradient_accumulators": ("self", "grads", "acc_grads"),
+    "_backend_update_step": ("self", "grads", "trainable_variables", "learning_rate"),
+    "_check_super_called": ("self",),
+    "_check_variables_are_known": ("self", "variables"),
+    "_clip_gradients": ("self", "grads"),
+    "_filter_empty_gradients": ("self", "grads", "vars"),
+    "_get_current_learning_rate": ("self",),
+    "_get_variable_index": ("self", "variable"),
+    "_overwrite_model_variables_with_average_value": ("self", "trainable_variables"),
+    "_overwrite_variables_directly_with_gradients": ("self", "grads", "vars"),
+    "_overwrite_variable_with_gradient": ("self", "variable"),
+    "_update_model_variables_moving_average": ("self", "trainable_variables"),
+    "_use_weight_decay": ("self", "variable"),
+    "_var_key": ("self", "variable"),
+    "add_optimizer_variables": ("self", "trainable_variables", "name", "initializer"),
+    "add_variable": ("self", "shape", "initializer", "dtype"),
+    "add_variable_from_reference": ("self", "reference_variable", "name", "initializer"),
+    "apply": ("self", "grads", "trainable_variables"),
+    "apply_gradients": ("self", "grads_and_vars"),
+    "assign": ("self", "variable", "value"),
+    "build": ("self", "variables"),
+    "exclude_from_weight_decay": ("self", "var_list", "var_names"),
+    "finalize_variable_values": ("self", "var_list"),
+    "load_own_variables": ("self", "store"),
+    "save_own_variables": ("self", "store"),
+    "scale_loss": ("self", "loss"),
+    "set_weights": ("self", "weights"),
+    "stateless_apply": ("self", "optimizer_variables", "grads", "trainable_variables"),
+    "update_step": ("self", "gradient", "variable", "learning_rate"),
+}
+
+
+def check() -> None:
+    """Raise an ImportError if a hook is gone or takes other parameters than those relied on."""
+    for name, parameters in HOOKS.items():
+        hook = getattr(keras.optimizers.Optimizer, name, None)
+        if hook is None:
+            _refuse(f"keras.optimizers.Optimizer has no `{name}`")
+        found = tuple(inspect.signature(hook).parameters)
+        if found[: len(parameters)] != parameters:
+            _refuse(
+                f"keras.optimizers.Optimizer.{name} takes ({', '.join(found)}) instead of ({', '.join(parameters)})"
+            )
+
+
+def _refuse(why: str) -> NoReturn:
+    raise ImportError(
+        f"keras_adam needs Keras {SUPPORTED}, whose insides it relies on: {why}. "
+        f"Received: keras {keras.__version__}"
+    )
