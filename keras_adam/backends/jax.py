@@ -173,6 +173,13 @@ class Backend:
             return
         # Keras's trainer hands over values without saying whose they are: in the order of its model's variables.
         theirs, ours = list(var_list), self._trainable_variables
+        unknown = next((v for v in theirs if not self._is_known(v)), None)
+        if self._traced and unknown is not None:
+            raise ValueError(
+                "The steps just made used the state of other variables: Keras's trainer on JAX hands over values alone. "
+                "Give each model an optimizer of its own, made by `from_config(optimizer.get_config())`. "
+                f"{self._unknown(unknown)}"
+            )
         same = {id(v) for v in theirs} == {id(v) for v in ours}
         first = next((v for v, known in zip(theirs, ours, strict=False) if v is not known), None)
         if self._traced and same and first is not None:
