@@ -176,7 +176,7 @@ class Backend:
         unknown = next((v for v in theirs if not self._is_known(v)), None)
         if self._traced and unknown is not None:
             raise ValueError(
-                "The steps just made used the state of other variables: Keras's trainer on JAX hands over values alone. "
+                "The steps just made used other variables' state: on JAX, Keras's trainer hands over values alone. "
                 "Give each model an optimizer of its own, made by `from_config(optimizer.get_config())`. "
                 f"{self._unknown(unknown)}"
             )
