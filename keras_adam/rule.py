@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_adam.bits import view
+
 Tensor = Any  # a tensor of the active backend, or a Python float
 
 
@@ -147,12 +149,12 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
     By integer arithmetic: compilers take a cast there and back for nothing.
     """
     drop = _DROPPED[dtype]
-    bits = ops.view(x, "int32")
+    bits = view(x, "int32")
     if dither is None:
         up = 2 ** (drop - 1) - 1 + ops.bitwise_and(ops.bitwise_right_shift(bits, drop), 1)
     else:
         up = ops.cast(dither * 2**drop, "int32")
-    result = ops.view(ops.bitwise_and(bits + up, -(2**drop)), "float32")
+    result = view(ops.bitwise_and(bits + up, -(2**drop)), "float32")
     if dtype == "float16":
         small = x / _SMALLEST
         small = ops.round(small) if dither is None else ops.floor(small + dither)
