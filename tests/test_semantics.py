@@ -18,8 +18,9 @@ def variable(value, name="variable", dtype="float32", constraint=None):
     return made
 
 
-def at_least_half(values):
-    return keras.ops.maximum(values, 0.5)
+class AtLeastHalf(keras.constraints.Constraint):
+    def __call__(self, values):
+        return keras.ops.maximum(values, 0.5)
 
 
 @either_way
@@ -37,7 +38,7 @@ def test_order_of_a_step(make_step, rng):
         "ema_overwrite_frequency": 3,
     }
     starts = [rng.uniform(0.5, 0.6, (3, 2)), rng.uniform(0.5, 0.6, 4)]
-    variables = [variable(s, f"v{i}", constraint=at_least_half) for i, s in enumerate(starts)]
+    variables = [variable(s, f"v{i}", constraint=AtLeastHalf()) for i, s in enumerate(starts)]
     optimizer = keras_adam.Adam(**options)
     oracle = reference.Adam(starts, constraints=[lambda p: np.maximum(p, 0.5)] * 2, **options)
     step = make_step(optimizer, variables)
@@ -117,7 +118,7 @@ def test_average_of_a_variable_without_gradient():
 
 @either_way
 def test_constraint_and_average_wait_for_an_update(make_step):
-    v = variable([0.1], constraint=at_least_half)
+    v = variable([0.1], constraint=AtLeastHalf())
     optimizer = keras_adam.Adam(0.1, gradient_accumulation_steps=2, use_ema=True)
     step = make_step(optimizer, [v])
     step([1.0])
