@@ -36,10 +36,8 @@ class Backend:
 
     def __init__(self, *args, **kwargs):
         self.__dict__["_compiled"] = {}
-        self.__dict__["_counted"] = (
-            None,
-            0,
-        )  # the array of iterations that the last step left, its number at most
+        # The array of iterations that the last step left, and its number, at most.
+        self.__dict__["_counted"] = None, 0
         super().__init__(*args, **kwargs)
 
     def apply(self, grads, trainable_variables=None):
