@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import keras
-from jax.experimental import multihost_utils, sparse
+from jax.experimental import sparse
 from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
@@ -161,6 +161,8 @@ class Backend:
     def _whole(self, variable):
         value = variable.value if isinstance(variable, keras.Variable) else variable
         if not value.is_fully_addressable and not value.is_fully_replicated:
+            from jax.experimental import multihost_utils  # takes time to import
+
             return multihost_utils.process_allgather(value, tiled=True)
         return super()._whole(variable)
 
