@@ -297,7 +297,7 @@ def _attributes(store, key: str):
 def _other_optimizer(store) -> str:
     """Return the name of the optimizer whose state this is, if it is one that Keras gave to another kind of its own."""
     name = str(getattr(getattr(store, "_h5_entry_group", None), "attrs", {}).get("name", ""))
-    kind = re.sub(r"_\d+$", "", name)
+    kind = re.sub(r"_\d+$", "", name).lower()  # Keras 3.10 calls one 'SGD'
     return name if kind in _OTHER_KINDS else ""
 
 
