@@ -80,7 +80,10 @@ weights = [tensor.numpy() for tensor in saved["net"].values()]
 model.set_weights([w.transpose(2, 3, 1, 0) if w.ndim == 4 else w.T for w in weights])
 model.optimizer.build(model.trainable_variables)
 model.optimizer.load_state_dict(saved["optimizer"])  # its arrays are brought into Keras's layout
-in_keras = [float(model.train_on_batch(x[..., None], y)) for x, y in batches[HALF:]]
+in_keras = []
+for x, y in batches[HALF:]:
+    model.reset_metrics()  # for Keras 3.10, which returns the mean over all steps so far
+    in_keras.append(float(model.train_on_batch(x[..., None], y)))
 
 name = keras.backend.backend()
 print(f"{'step':>5} {'PyTorch':>10} {'Keras, ' + name:>18} {'difference':>11}")
