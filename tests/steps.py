@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 BACKEND = keras.backend.backend()
+KERAS = tuple(int(number) for number in keras.__version__.split(".")[:2])
 
 
 def to_tensor(gradient, variable):

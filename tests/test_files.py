@@ -15,7 +15,7 @@ import torch
 import keras_adam
 from models import EVERYTHING, Expected, assert_close, fit, make_model, weights
 from resume import state_of
-from steps import BACKEND, slots
+from steps import BACKEND, KERAS, slots
 
 OLD = pathlib.Path(__file__).parent / "files"
 ARRAYS = "optimizer/vars"
@@ -102,7 +102,14 @@ def test_each_array_tells_what_it_is(trained):
     assert [t["state_dtype"] for t in told] == [whole] + ["float32"] * LAST
 
 
-@pytest.mark.parametrize("size", [1, 40 / 1024**3], ids=["one file", "several files"])
+# Keras 3.10 reads back 3 of 8 arrays of its own Adam; ours refuses them.
+several = pytest.mark.skipif(KERAS < (3, 12), reason="Keras loses arrays of an optimizer in shards")
+
+
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(1, id="one file"), pytest.param(40 / 1024**3, id="several files", marks=several)],
+)
 def test_shards(size, trained, target, tmp_path):
     """Keras may spread the arrays over several files."""
     model = keras.saving.load_model(trained[0] / "model.keras")
@@ -479,7 +486,10 @@ def test_older_version_in_half_precision(dtype):
     model.optimizer.build(model.trainable_variables)
     path = OLD / f"{dtype}-0f12d19.weights.h5"
     model.load_weights(path)
-    loaded = {(e.role, e.path): e.saved().value for e in model.optimizer._entries()}
+    loaded = {
+        (e.role, e.path): e.saved(keras.ops.convert_to_numpy).value
+        for e in model.optimizer._entries()
+    }
     with h5py.File(path) as file:
         for array in file[ARRAYS].values():
             got = loaded.pop((array.attrs["role"], array.attrs["path"]))
