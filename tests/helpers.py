@@ -6,7 +6,6 @@ import jax
 import keras
 import numpy as np
 import optax
-import torch
 
 import reference
 
@@ -147,6 +146,8 @@ def run_reference(starts, gradients, **options):
 
 def run_torch(optimizer_class, starts, gradients, **options):
     """In float64."""
+    import torch  # here, so that most tests run where it is not installed
+
     parameters = [torch.nn.Parameter(torch.tensor(start).double()) for start in starts]
     optimizer = optimizer_class(parameters, **options)
 
