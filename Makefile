@@ -6,6 +6,7 @@ PYTHON ?= python3
 KERAS_BACKEND ?= jax
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MATRIX_ARGS ?=
 FUZZ_TESTS := tests/test_fuzz.py tests/test_kill.py
 # Two test processes with one thread each: two threads in each of two processes wait for each other.
 TEST_JOBS ?= 2
@@ -36,8 +37,8 @@ export NO_MKDOCS_2_WARNING ?= 1
 .DEFAULT_GOAL := help
 # Two pips must not write to one environment.
 .NOTPARALLEL:
-.PHONY: help demo test $(BACKENDS:%=test-%) fuzz bench notebooks docs docs-serve dist lint format clean \
-    backend-is-known
+.PHONY: help demo test $(BACKENDS:%=test-%) test-matrix fuzz bench notebooks docs docs-serve dist lint format \
+    clean backend-is-known
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [KERAS_BACKEND=jax|tensorflow|torch] [PYTHON=python3.12] [PYTEST_ARGS=...]"
@@ -63,6 +64,10 @@ test: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests under each back
 # compare with a framework's own optimizer.
 $(BACKENDS:%=test-%): test-%: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test
 	KERAS_BACKEND=$* $(PYTEST)
+
+# `make test-matrix MATRIX_ARGS="--keras 3.15.1 --python 3.13"` runs one row; tests/matrix.py holds them.
+test-matrix:  ## run the tests over versions of Keras and Python, in .matrix/; writes docs/versions.md
+	$(PYTHON) tests/matrix.py $(MATRIX_ARGS)
 
 # Other examples at each run; one that fails is printed with what reproduces it.
 FUZZ_EXAMPLES ?= 2000
@@ -108,7 +113,7 @@ format: $(STAMPS)/lint  ## format and sort imports
 	$(PY) -m ruff format .
 
 clean:  ## remove .venv and everything else that these targets made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
+	rm -rf .venv .matrix .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 	rm -f digits.keras digits.png continue_from_pytorch.png
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,0 +1,154 @@
+"""Run the suite over versions of Keras and Python, under each backend; write what came out to docs/versions.md.
+
+`make test-matrix` runs all rows; `make test-matrix MATRIX_ARGS="--keras 3.15.1 --python 3.13"` one. Each row has an
+environment of its own in .matrix/. Only what was run comes into the table, in place of that row's last result.
+"""
+
+import argparse
+import datetime
+import functools
+import glob
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+ENVIRONMENTS = ROOT / ".matrix"
+PAGE = ROOT / "docs" / "versions.md"
+BACKENDS = {"jax": "jax", "tensorflow": "tensorflow-cpu", "torch": "torch"}
+
+# Keras, Python, and what else is not at the version of constraints.txt.
+ROWS: list[tuple[str, str, dict[str, str]]] = [
+    ("3.10.0", "3.11", {"tensorflow-cpu": "2.20.0"}),  # 2.21 asks for Keras 3.12
+    ("3.15.1", "3.11", {}),
+    ("3.15.1", "3.12", {}),
+    ("3.15.1", "3.13", {}),
+]
+
+HEAD = ["Keras", "Python", "backend", "tests", "passed", "xfailed", "skipped", "failed", "date"]
+ALIGNED = ["---"] * 4 + ["---:"] * 4 + ["---"]
+RESULTS = HEAD[4:8]
+
+
+@functools.cache
+def interpreter(version):
+    """Return a Python of this minor version from the path or from pyenv, or None."""
+    pyenv = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
+    of_pyenv = sorted(glob.glob(f"{pyenv}/versions/{version}.*/bin/python"))
+    for found in (shutil.which(f"python{version}"), *of_pyenv):
+        if found:
+            code = "import sys; print('%d.%d' % sys.version_info[:2])"
+            told = subprocess.run([found, "-c", code], capture_output=True, text=True)
+            if (
+                told.stdout.strip() == version
+            ):  # pyenv's shims exist for versions that are not active
+                return found
+    return None
+
+
+def environment(keras, python, pins, backends):
+    """Make or renew the row's environment, and return its Python."""
+    folder = ENVIRONMENTS / f"keras-{keras}-python-{python}"
+    own = folder / "bin" / "python"
+    if not own.exists():
+        subprocess.run([interpreter(python), "-m", "venv", folder], check=True)
+    pins = {"keras": keras, **pins}
+    kept = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line.partition("==")[0] not in pins
+    ]
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join([*kept, *(f"{n}=={v}" for n, v in pins.items())]) + "\n")
+    wanted = ["-c", constraints, "-e", f"{ROOT}[test]", *(BACKENDS[b] for b in backends)]
+    subprocess.run([own, "-m", "pip", "install", "-q", *wanted], check=True)
+    return own
+
+
+def version_of(own, package):
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return subprocess.run(
+        [own, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def run(own, backend, subset, jobs):
+    """Run the tests, show their output, and return the counts of pytest's last line."""
+    command = [own, "-m", "pytest", "-n", jobs, "-p", "no:cacheprovider", *shlex.split(subset)]
+    variables = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, text=True
+    )
+    last = ""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line.strip() or last
+    status = process.wait()
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", last.rpartition(" in ")[0])}
+    failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)
+    failed += counts.get("xpassed", 0) if status and not failed else 0
+    if status not in (0, 1) or bool(status) != bool(failed) or not counts.get("passed"):
+        raise SystemExit(f"pytest ended with status {status} and no result: {last}")
+    return counts | {"failed": failed}
+
+
+def read_table():
+    """Return the rows of the page, by Keras, Python and backend without its version."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+    return {key_of(row): row for row in cells[2:]}
+
+
+def key_of(row):
+    return (*row[:2], row[2].partition(" ")[0])
+
+
+def write_table(table):
+    def order(key):
+        return [[int(n) for n in version.split(".")] for version in key[:2]], key[2]
+
+    rows = [HEAD, ALIGNED, *(table[key] for key in sorted(table, key=order))]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    before = PAGE.read_text().partition("| " + HEAD[0])[0]
+    PAGE.write_text(before + "\n".join(lines) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--keras", help="only the rows of this version")
+    parser.add_argument("--python", help="only the rows of this version, such as 3.13")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--subset", default="", help="arguments for pytest; the table tells them")
+    parser.add_argument("--jobs", default="2", help="test processes")
+    args = parser.parse_args()
+    chosen = [row for row in ROWS if args.keras in (None, row[0]) and args.python in (None, row[1])]
+    if not chosen:
+        parser.error("no such row; " + ", ".join(f"{k} on Python {p}" for k, p, _ in ROWS))
+    outcomes = []
+    for keras, python, pins in chosen:
+        name = f"keras {keras}, Python {python}"
+        if interpreter(python) is None:
+            outcomes.append((False, f"{name}: NOT RUN, there is no python{python}"))
+            continue
+        own = environment(keras, python, pins, args.backends)
+        for backend in args.backends:
+            print(f"== {name}, {backend}", flush=True)
+            counts = run(own, backend, args.subset, args.jobs)
+            date = datetime.date.today().isoformat()
+            shown = f"{backend} {version_of(own, BACKENDS[backend])}"
+            tests = f"`{args.subset}`" if args.subset else "all"
+            numbers = [str(counts.get(what, 0)) for what in RESULTS]
+            row = [version_of(own, "keras"), python, shown, tests, *numbers, date]
+            write_table(read_table() | {key_of(row): row})
+            result = "FAILED" if counts["failed"] else "ok"
+            outcomes.append((not counts["failed"], f"{name}, {backend}: {result}"))
+    print("\n".join(text for _, text in outcomes))
+    sys.exit(not all(fine for fine, _ in outcomes))
+
+
+if __name__ == "__main__":
+    main()
