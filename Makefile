@@ -37,13 +37,13 @@ export NO_MKDOCS_2_WARNING ?= 1
 .DEFAULT_GOAL := help
 # Two pips must not write to one environment.
 .NOTPARALLEL:
-.PHONY: help demo test $(BACKENDS:%=test-%) test-matrix fuzz bench notebooks docs docs-serve dist lint format \
+.PHONY: help demo test $(BACKENDS:%=test-%) test-matrix fuzz bench bench-half-precision notebooks docs docs-serve dist lint format \
     clean backend-is-known
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [KERAS_BACKEND=jax|tensorflow|torch] [PYTHON=python3.12] [PYTEST_ARGS=...]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
-	  | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	  | awk -F'|' '{ printf "%-21s %s\n", $$1, $$2 }'
 	@echo "  test-jax, test-tensorflow, test-torch: run the tests under one backend"
 
 demo: backend-is-known $(STAMPS)/demo $(STAMPS)/$(KERAS_BACKEND)  ## train on real digits, save, load, go on; writes digits.png
@@ -86,6 +86,16 @@ bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other op
 	  KERAS_BACKEND=$$backend $(PY) benchmarks/run.py --out benchmarks/results-$$backend.json $(BENCH_ARGS); \
 	done
 	$(PY) benchmarks/report.py
+	$(PY) benchmarks/sharding.py
+
+# About half an hour: models trained with five seeds, and the memory and time of a step.
+bench-half-precision: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## train in half precision; writes benchmarks/half-precision*.md
+	@set -e; trap 'exit 130' INT; for backend in $(BACKENDS); do \
+	  KERAS_BACKEND=$$backend $(PY) benchmarks/half_precision.py; \
+	  KERAS_BACKEND=$$backend $(PY) benchmarks/half_precision_step.py; \
+	done
+	$(PY) benchmarks/half_precision.py --report
+	$(PY) benchmarks/half_precision_step.py --report
 
 # PyTorch besides the backend: a run is taken over from it.
 notebooks: backend-is-known $(STAMPS)/notebooks $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/torch  ## execute the notebooks in place
