@@ -5,7 +5,7 @@ from typing import NoReturn
 
 import keras
 
-SUPPORTED = ">=3.15,<4"  # as in pyproject.toml
+SUPPORTED = ">=3.10,<4"  # as in pyproject.toml
 
 # Each method of `keras.optimizers.Optimizer` that is replaced or called, with the parameters relied on. Some are
 # public: they are replaced by methods that take the same.
