@@ -68,4 +68,18 @@ def test_state_follows_the_layout_of_its_variable():
         assert len(state) == 6
         for v in (model.layers[0].kernel, *state):
             assert tuple(v.value.sharding.spec) == (None, "model"), v.path
+
+        # Layouts of JAX's own, in which several axes of the mesh may share an axis of the array.
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        keras.config.set_dtype_policy("float32")
+        optimizer = keras_adam.Adam(0.1, shard_state=True)
+        given = [(("batch", "model"), None), (None, "model"), (None, None)]
+        layouts = [NamedSharding(mesh.backend_mesh, PartitionSpec(*axes)) for axes in given]
+        variables = [keras.Variable(np.ones((16, 8)), layout=layout) for layout in layouts]
+        optimizer.apply([np.ones((16, 8), "float32")] * 3, variables)
+        shards = [v.value.addressable_shards[0].data.shape for v in optimizer.variables[2::2]]
+        assert shards == [(2, 8), (4, 4), (4, 8)], shards
+        for v in variables:
+            np.testing.assert_allclose(v.numpy(), 0.9, rtol=1e-5)
     """)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import keras
 from jax.experimental import sparse
+from jax.sharding import NamedSharding, PartitionSpec
 from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
@@ -134,15 +135,24 @@ class Backend:
 
     def _slot_layout(self, layout, shape):
         distribution = keras.distribution.distribution()
-        if not self.shard_state or distribution is None or layout is None:
+        axis = getattr(distribution, "batch_dim_name", None)
+        sharding = getattr(layout, "backend_layout", layout)  # Keras's layouts and JAX's serve
+        if not (self.shard_state and axis and isinstance(sharding, NamedSharding)):
             return layout
-        mesh, axis = distribution.device_mesh, distribution.batch_dim_name
-        axes = list(_spec_of(layout)) + [None] * (len(shape) - len(_spec_of(layout)))
-        devices = mesh.shape[list(mesh.axis_names).index(axis)]
+        axes = [*sharding.spec] + [None] * (len(shape) - len(sharding.spec))
+        taken = {
+            name for given in axes for name in (given if isinstance(given, tuple) else [given])
+        }
+        devices = sharding.mesh.shape.get(axis)
+        if devices is None or axis in taken:
+            return layout
         for i, size in enumerate(shape):
-            if axis not in axes and axes[i] is None and size and size % devices == 0:
+            if axes[i] is None and size and size % devices == 0:
                 axes[i] = axis
-        return keras.distribution.TensorLayout(axes, mesh)
+                break
+        if sharding is layout:
+            return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+        return keras.distribution.TensorLayout(axes, layout.device_mesh)
 
     def _reduce(self, grads):
         if not self.shard_state:
@@ -250,11 +260,6 @@ class Backend:
 
 def _assign(variable, value) -> None:
     variable._direct_assign(value)
-
-
-def _spec_of(layout):
-    """Return the mesh axis of each of an array's axes; Keras's layouts and JAX's shardings tell them."""
-    return layout.axes if hasattr(layout, "axes") else layout.spec
 
 
 def _laid_out_like(variable, value):
