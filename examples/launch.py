@@ -39,12 +39,12 @@ def main():
         # What is left of a training when one process has died would wait for it for ever.
         while any(w.poll() is None for w in workers) and not any(w.poll() for w in workers):
             time.sleep(0.2)
+        failed = [(rank, w.poll()) for rank, w in enumerate(workers) if w.poll()]
     finally:
         for w in workers:
             w.kill()
-    for rank, w in enumerate(workers):
-        if w.wait():
-            sys.exit(f"process {rank} ended with {w.returncode}; all were ended")
+    for rank, code in failed:
+        sys.exit(f"process {rank} ended with {code}; all were ended")
 
 
 if __name__ == "__main__":

@@ -572,7 +572,7 @@ class State(keras.optimizers.Optimizer):
                 "You are calling `set_weights()` on an optimizer that has not yet been built. Call "
                 "`optimizer.build(trainable_variables)` first."
             )
-        arrays = [np.asarray(ops.convert_to_numpy(w)) for w in weights]
+        arrays = [np.asarray(self._whole(w)) for w in weights]
         entries = self._entries()
         if len(arrays) != len(entries):
             raise ValueError(

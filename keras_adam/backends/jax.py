@@ -170,7 +170,9 @@ class Backend:
 
     def _whole(self, variable):
         value = variable.value if isinstance(variable, keras.Variable) else variable
-        if not value.is_fully_addressable and not value.is_fully_replicated:
+        if isinstance(value, jax.Array) and not (
+            value.is_fully_addressable or value.is_fully_replicated
+        ):
             from jax.experimental import multihost_utils  # takes time to import
 
             return multihost_utils.process_allgather(value, tiled=True)
@@ -255,7 +257,8 @@ class Backend:
         carry = (condition, [v.value for v in variables])
         _, values = jax.lax.while_loop(lambda carry: carry[0], body, carry)
         for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
+            # What leaves the loop may be split otherwise than what was assigned in it.
+            variable.assign(_laid_out_like(variable, value) if self.shard_state else value)
 
 
 def _assign(variable, value) -> None:
