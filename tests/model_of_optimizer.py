@@ -62,7 +62,8 @@ class Optimizer:
 
     `scalar_error` is how exact the scalars of a step are, relative. `lone_norms_hold`: the norm of a
     single number is its size, also where its square is infinite, as in PyTorch's own norms, which are
-    taken of gradients that are all of one dtype.
+    taken of gradients that are all of one dtype; None: it may be either, as a compiler may see that the
+    root of a square is the number itself, and what follows from it may be anything.
     """
 
     def __init__(self, variables, options, scalar_error=2e-6, lone_norms_hold=False):
@@ -139,6 +140,12 @@ class Optimizer:
             return [np.clip(g, -limit, limit) for g in gradients], errors
         wide = {self.variables[i].wide for i in chosen}
         lone_holds = self.lone_norms_hold and len(wide) == 1
+        if self.lone_norms_hold is None:
+            for i, g in zip(chosen, gradients, strict=True):
+                if g.size == 1 and not np.isinf(g).any() and np.isinf(_in_range(g * g, "float32")):
+                    everyone = chosen if options["global_clipnorm"] else [i]
+                    for j in everyone:
+                        self.variables[j].is_lost[...] = True
         norms = [
             _norm(g.ravel(), self.variables[i].wide, lone_holds)
             for i, g in zip(chosen, gradients, strict=True)
