@@ -91,6 +91,7 @@ bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other op
 # About half an hour: models trained with five seeds, and the memory and time of a step.
 bench-half-precision: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## train in half precision; writes benchmarks/half-precision*.md
 	@set -e; trap 'exit 130' INT; for backend in $(BACKENDS); do \
+	  rm -f benchmarks/half-precision-$$backend.json; \
 	  KERAS_BACKEND=$$backend $(PY) benchmarks/half_precision.py; \
 	  KERAS_BACKEND=$$backend $(PY) benchmarks/half_precision_step.py; \
 	done
