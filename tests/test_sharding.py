@@ -83,3 +83,49 @@ def test_state_follows_the_layout_of_its_variable():
         for v in variables:
             np.testing.assert_allclose(v.numpy(), 0.9, rtol=1e-5)
     """)
+
+
+def test_files_fit_any_number_of_devices(tmp_path):
+    """Each device holds its share; a file is whole, and training goes on from it on eight devices, four, or one."""
+    run_with_eight_devices(f"""
+        import keras, keras_adam, numpy as np
+
+        devices = keras.distribution.list_devices()
+        rng = np.random.default_rng(3)
+        x, y = rng.normal(size=(64, 8)), rng.normal(size=(64, 16))
+
+        def share(model):
+            state = [v for v in model.optimizer.variables if v.shape]
+            held = sum(v.value.addressable_shards[0].data.nbytes for v in state)
+            return held / sum(v.value.nbytes for v in state)
+
+        def on(count):
+            if count == 1:
+                return keras.distribution.set_distribution(None)
+            keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices[:count]))
+
+        def fit(model):
+            model.fit(x, y, batch_size=16, shuffle=False, verbose=0)
+            return model
+
+        options = dict(amsgrad=True, use_ema=True, gradient_accumulation_steps=2)
+        ends = []
+        for spread in (True, False):
+            keras.utils.set_random_seed(0)
+            on(8 if spread else 1)
+            model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16)])
+            model.compile(keras_adam.Adam(0.01, shard_state=spread, **options), loss="mse")
+            fit(model)
+            if spread:
+                assert share(model) == 1 / 8
+                model.save(r"{tmp_path}/model.keras")
+            ends.append(fit(model))
+        for count in (8, 4, 1):
+            on(count)
+            model = keras.saving.load_model(r"{tmp_path}/model.keras")
+            assert share(fit(model)) == 1 / count
+            ends.append(model)
+        for model in ends:
+            for one, other in zip(ends[0].weights, model.weights, strict=True):
+                np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-6)
+    """)
