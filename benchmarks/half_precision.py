@@ -277,7 +277,7 @@ def _draw(results, theme, path) -> None:
     figure, axes = plt.subplots(
         len(tasks),
         len(results),
-        figsize=(4.2 * len(results) + 2.4, 3.1 * len(tasks)),
+        figsize=(2.2 * len(results) + 2.4, 2.7 * len(tasks)),
         sharey=True,
         sharex="row",
         facecolor=theme["ground"],
@@ -297,7 +297,7 @@ def _draw(results, theme, path) -> None:
                 if name in losses:
                     color = theme["ours"] if name.startswith("keras_adam") else theme["colors"][0]
                     axis.plot(
-                        losses[name], [i] * len(losses[name]), "o", ms=4, alpha=0.6, color=color
+                        losses[name], [i] * len(losses[name]), "o", ms=3, alpha=0.6, color=color
                     )
                     axis.plot(np.mean(losses[name]), i, "|", ms=14, mew=2, color=color)
                     if np.isnan(losses[name]).any():
@@ -305,13 +305,13 @@ def _draw(results, theme, path) -> None:
             axis.set_yticks(range(len(names)), names)
             axis.set_ylim(len(names) - 0.5, -0.5)
             axis.set_xscale("log")
-            axis.set_xticks([0.07, 0.1, 0.2, 0.5, 1, 2, 3, 5], minor=False)
+            axis.set_xticks([0.1, 0.3, 1, 2, 3, 5], minor=False)
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_locator(plt.NullLocator())
             known = [x for r in results for v in r["tasks"].get(task, {}).values() for x in v]
             axis.set_xlim(0.93 * np.nanmin(known), 1.07 * np.nanmax(known))
             axis.set_title(
-                f"{BACKENDS[result['backend']]}: {task}", color=theme["text"], fontsize=10
+                f"{BACKENDS[result['backend']]}: {task}", color=theme["text"], fontsize=8
             )
             axis.tick_params(colors=theme["text"], which="both", labelsize=8)
             axis.grid(axis="x", color=theme["grid"], which="both", lw=0.5)
