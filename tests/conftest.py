@@ -54,6 +54,7 @@ def restore_keras_state():
     """Undo what a test does to Keras's global settings, so that tests pass in any order."""
     floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
     yield
+    keras.distribution.set_distribution(None)
     if keras.config.floatx() != floatx or keras.config.dtype_policy() != policy:
         keras.utils.clear_session()
         keras.config.set_floatx(floatx)
