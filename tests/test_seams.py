@@ -5,14 +5,12 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 import tomllib
 
 import keras
 import pytest
 
 import keras_adam
-from keras_adam import seams
 from keras_adam.backends import Backend
 from keras_adam.seams import HOOKS, SUPPORTED
 
@@ -65,8 +63,9 @@ def test_keras_has_what_an_eager_step_on_jax_relies_on():
 
 CHANGES = {
     "del Optimizer._clip_gradients": "keras.optimizers.Optimizer has no `_clip_gradients`",
-    "Optimizer._var_key = lambda self, v: id(v)": (
-        "keras.optimizers.Optimizer._var_key takes (self, v) instead of (self, variable)"
+    # One that no backend's own optimizer replaces.
+    "Optimizer._get_variable_index = lambda self, v: 0": (
+        "keras.optimizers.Optimizer._get_variable_index takes (self, v) instead of (self, variable)"
     ),
 }
 
@@ -85,12 +84,6 @@ def test_import_says_which_hook_is_gone_and_which_keras_serves(change):
         f"ImportError: keras_adam needs Keras {SUPPORTED}, whose insides it relies on: {CHANGES[change]}. "
         f"Received: keras {keras.__version__}"
     )
-
-
-def test_check_takes_no_time_to_speak_of():
-    start = time.process_time()
-    seams.check()
-    assert time.process_time() - start < 0.05  # some 30 signatures; importing keras takes seconds
 
 
 def test_supported_versions_are_those_that_are_installed():
