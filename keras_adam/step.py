@@ -191,14 +191,17 @@ class PortableAdam(State):
         self._iterations.assign_add(by)
 
     def _check_count(self, count: int) -> None:
-        """Raise if `count`, the number of steps so far, is the last that the count can hold."""
-        last = np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max
+        """Raise if `count`, the number of steps so far, is the last from which all can go on."""
+        last = self._last_count()
         if count >= last:
             raise OverflowError(
-                f"`optimizer.iterations` has come to {last}, the last number of its dtype: schedules, accumulation and "
-                "averages cannot go on from here. Assign a smaller one, for which they are what you want, to train on. "
-                f"Received: iterations={count}"
+                f"`optimizer.iterations` has come to {last}, the end of what its dtype holds: schedules, accumulation "
+                "and averages cannot all go on from here. Assign a smaller number, for which they are what you want, "
+                f"to train on. Received: iterations={count}"
             )
+
+    def _last_count(self) -> int:
+        return int(np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max)
 
     def _accumulate(self, grads, variables, absent) -> None:
         """Add the gradients to the accumulators; when enough micro-steps have come together, update from their mean.

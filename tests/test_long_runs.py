@@ -83,6 +83,34 @@ def test_last_count_is_told_by_fit():
     assert all(np.isfinite(w).all() for w in model.get_weights())
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="int64 or eager elsewhere")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 3},
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 4},
+        {"gradient_accumulation_steps": 3, "use_ema": True, "ema_overwrite_frequency": 2},
+    ],
+    ids=["plain", "accumulation", "averages", "both"],
+)
+def test_compiled_steps_keep_their_rhythm_at_the_last_count(options):
+    """The same steps from another count, as far from a multiple of 12, where all bias corrections are 1 too."""
+    ends = []
+    for count in (LAST - 7, 12 * 10**6 + (LAST - 7) % 12):
+        optimizer, variable = at(count, **options)
+        step, path = compiled_step(optimizer, [variable]), []
+        for _ in range(30):
+            step(GRADIENT)
+            path.append(value_of(variable))
+        ends.append([path, *(value_of(v) for v in optimizer.variables[2:])])
+    for late, early in zip(*ends, strict=True):
+        np.testing.assert_array_equal(late, early)
+    optimizer, variable = at(LAST, **options)
+    with pytest.raises(OverflowError, match="the end of what its dtype holds"):
+        optimizer.apply([keras.ops.convert_to_tensor(GRADIENT)], [variable])
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="int32 elsewhere")
 def test_tensorflow_goes_on_beyond_int32():
     optimizer, variable = at(2**31 - 2, gradient_accumulation_steps=2)

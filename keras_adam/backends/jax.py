@@ -75,17 +75,24 @@ class Backend:
     def _check_count_at_most(self) -> None:
         # The device is asked, which would wait for it, only after the count was set, or where it may be at its end.
         array, count = self._counted
-        if array is not self._iterations._value or count >= 2**31 - 1:
+        if array is not self._iterations._value or count >= self._last_count():
             count = int(self._iterations._value)
             self.__dict__["_counted"] = self._iterations._value, count
         self._check_count(count)
 
     def _increment_iterations(self, by):
-        # A compiled step cannot raise: int32 stays at its end, where bias corrections are right, instead of becoming
-        # negative; the end of `fit` and an eager step tell.
+        # A compiled step cannot raise. At the end of int32 the count goes round in its last cycle instead of becoming
+        # negative: bias corrections are 1 there, and accumulation and averages keep their rhythm. Only schedules stand
+        # still, as the end of `fit` and an eager step tell.
         count = self._iterations.value
         last = jax.numpy.iinfo(count.dtype).max
-        self._iterations.assign(jax.numpy.where(count == last, count, count + by))
+        following = jax.numpy.where(count == last, self._last_count(), count + 1)
+        self._iterations.assign(jax.numpy.where(by == 0, count, following))
+
+    def _last_count(self):
+        last, steps = super()._last_count(), self.gradient_accumulation_steps or 1
+        cycle = steps * (self.ema_overwrite_frequency or 1 if self.use_ema else 1)
+        return last + 1 - (cycle if cycle <= last else steps)
 
     def _stateless_step(self, variables, values, grads):
         changing = self._changing(variables)
