@@ -14,7 +14,7 @@ from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
 from keras_adam.rule import Moments
 
-# Per-variable state: attribute, role in files, in the order in which Keras's Adam creates it.
+# Per-variable state: attribute, role in files.
 _ROLES = {
     "_model_variables_moving_average": "average",
     "_accumulated_gradients": "gradient_accumulator",
@@ -24,6 +24,14 @@ _ROLES = {
     "_compensations": "compensation",
 }
 _ATTRIBUTES = {role: attribute for attribute, role in _ROLES.items()}
+# In the order in which Keras's Adam makes it: both moments of one variable before those of the next.
+_BUILD_ORDER = (
+    ("average",),
+    ("gradient_accumulator",),
+    ("momentum", "velocity"),
+    ("velocity_hat",),
+    ("compensation",),
+)
 _ALWAYS = ("momentum", "velocity")
 HALF = ("bfloat16", "float16")
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -211,14 +219,7 @@ class State(keras.optimizers.Optimizer):
             joined = int(ops.convert_to_numpy(self.iterations)) if first else 0
         self._start_of.extend([self._add_start(joined) if joined else None] * len(variables))
         wanted = [self._dtypes_of(v, group) for v, group in zip(variables, chosen, strict=True)]
-        # In the order of Keras's Adam, which makes both moments of one variable before those of the next.
-        for roles in (
-            ("average",),
-            ("gradient_accumulator",),
-            ("momentum", "velocity"),
-            ("velocity_hat",),
-            ("compensation",),
-        ):
+        for roles in _BUILD_ORDER:
             made = [
                 [self._add_slot(v, role, dtypes.get(role)) for role in roles]
                 for v, dtypes in zip(variables, wanted, strict=True)
@@ -419,18 +420,13 @@ class State(keras.optimizers.Optimizer):
         A group that was added has put its variables' state behind all else; a store that tells no roles is read by
         order, in which it must not matter when they were added.
         """
-        roles = ("average", "gradient_accumulator", "momentum", "velocity_hat", "compensation")
-        place: dict[int, tuple[Any, ...]] = {
-            id(self._iterations): (0,),
-            id(self._learning_rate): (1,),
-        }
-        for attribute, role in _ROLES.items():
-            stage = 2 + roles.index("momentum" if role == "velocity" else role)
-            for i, slot in enumerate(self._slots(attribute)):
-                place[id(slot)] = (stage, i, role)
-        for i, group in enumerate(self._groups):
-            place[id(group.stored)] = (10, i)
-        return sorted(self._entries(), key=lambda entry: place.get(id(entry.variable), (11,)))
+        in_order = [self._iterations, self._learning_rate]
+        for roles in _BUILD_ORDER:
+            slots = [self._slots(_ATTRIBUTES[role]) for role in roles]
+            in_order += [slot for of_variable in zip(*slots, strict=True) for slot in of_variable]
+        in_order += [group.stored for group in self._groups]
+        place = {id(variable): i for i, variable in enumerate(in_order)}
+        return sorted(self._entries(), key=lambda e: place.get(id(e.variable), len(place)))
 
     def save_own_variables(self, store) -> None:
         """Write the state into a store of `keras.saving`."""
