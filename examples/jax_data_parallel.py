@@ -3,6 +3,8 @@
     python examples/jax_data_parallel.py                       # one process with 4 devices
     python examples/launch.py examples/jax_data_parallel.py    # two processes with 2 each
 
+Keras before 3.15 may ask for a `tf.data.Dataset` where there are several processes; 3.10 does.
+
 `--backup FOLDER` saves after each epoch, and goes on from there when all processes are started again. The devices are
 parts of this machine's CPU; on a machine with GPUs or TPUs leave the lines with `flag` out.
 """

@@ -78,11 +78,12 @@ def weights(model):
 
 
 def on_jax(distribution, case, **more):
+    import jax
     import keras
 
     with distribution.scope() if distribution else contextlib.nullcontext():
         model = compiled(case, **more)
-        if distribution is None or distribution.num_processes == 1:
+        if jax.process_count() == 1:
             x, y = data(case)
             model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
         else:

@@ -180,6 +180,9 @@ def test_mixed_float16():
     assert_close(trained[keras_adam.Adam], trained[keras.optimizers.Adam], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "OptimizerMap"), reason="this Keras has no MultiOptimizer"
+)
 def test_inside_multi_optimizer():
     of_kernel = {"learning_rate": 0.02, "amsgrad": True}
     of_bias = {"learning_rate": 0.005, "beta_1": 0.5}
