@@ -85,6 +85,28 @@ def test_state_follows_the_layout_of_its_variable():
     """)
 
 
+def test_jitted_loop_of_ones_own_leaves_the_weights_whole_and_the_state_spread():
+    run_with_eight_devices("""
+        import jax, keras, keras_adam, numpy as np
+
+        keras.distribution.set_distribution(keras.distribution.DataParallel())
+        gradient = np.random.default_rng(3).normal(size=(8, 16)).astype("float32")
+        for options in ({}, {"gradient_accumulation_steps": 2, "use_ema": True}):
+            variable = keras.Variable(np.ones((8, 16), "float32"))
+            optimizer = keras_adam.Adam(0.01, shard_state=True, **options)
+            optimizer.build([variable])
+            step = jax.jit(optimizer.stateless_apply)
+            values, state = [variable.value], [v.value for v in optimizer.variables]
+            for _ in range(4):
+                values, state = step(state, [gradient], values)
+                assert values[0].sharding.is_fully_replicated, options
+                shards = [s.addressable_shards[0].data.shape for s in state if s.ndim]
+                assert set(shards) == {(1, 16)}, (options, shards)
+            moved = 0.01 * 4 / options.get("gradient_accumulation_steps", 1)
+            np.testing.assert_allclose(values[0], 1 - moved * np.sign(gradient), rtol=1e-3)
+    """)
+
+
 def test_files_fit_any_number_of_devices(tmp_path):
     """Each device holds its share; a file is whole, and training goes on from it on eight devices, four, or one."""
     run_with_eight_devices(f"""
