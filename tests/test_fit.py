@@ -22,8 +22,8 @@ from models import (
     make_model,
     weights,
 )
+from steps import BACKEND, KERAS
 
-BACKEND = keras.backend.backend()
 only = {
     backend: pytest.mark.skipif(BACKEND != backend, reason=f"a feature of {backend}")
     for backend in ("jax", "tensorflow", "torch")
@@ -50,6 +50,8 @@ def test_fit(way, monkeypatch):
     if BACKEND == "torch" and way == "steps_per_execution":
         pytest.skip("Keras has it on the other backends only")
     if BACKEND == "torch" and way == "jit_compile":
+        if KERAS == (3, 10):
+            pytest.skip("PyTorch 2.13 cannot trace its train step, whatever the optimizer")
         import torch
 
         # The same tracing of the train step, without the C++ compiler and the minute that
