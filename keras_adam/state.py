@@ -426,7 +426,7 @@ class State(keras.optimizers.Optimizer):
             in_order += [slot for of_variable in zip(*slots, strict=True) for slot in of_variable]
         in_order += [group.stored for group in self._groups]
         place = {id(variable): i for i, variable in enumerate(in_order)}
-        return sorted(self._entries(), key=lambda e: place.get(id(e.variable), len(place)))
+        return sorted(self._entries(), key=lambda e: place.get(id(e.variable), len(in_order)))
 
     def save_own_variables(self, store) -> None:
         """Write the state into a store of `keras.saving`."""

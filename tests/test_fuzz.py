@@ -429,9 +429,9 @@ def plan_of(operations, variables, **others):
 
 
 FLOAT32 = [((3,), "float32"), ((3,), "float32")]
-# What it has found: in a store that tells no roles, the numbers of groups, and a group added before
-# training among variables of one shape; two joinings at the same update, which share a start once loaded; the norm of
-# a single number whose square is infinite, of one dtype among two.
+# What it has found: in a store that tells no roles, the numbers of groups, a group added before
+# training among variables of one shape, and the count of skipped steps; two joinings at the same update, which share
+# a start once loaded; the norm of a single number whose square is infinite, of one dtype among two.
 FOUND = [
     plan_of([("step", ["normal"]), ("save_and_load", "dict")], FLOAT32, groups=[({}, 0)]),
     plan_of(
@@ -459,6 +459,11 @@ FOUND = [
         [((), "float64"), ((1,), "float32"), ((3,), "float32")],
         options={"clipnorm": 100.0},
         how="compiled",
+    ),
+    plan_of(
+        [("add_group", {}, (), "float32"), ("save_and_load", "dict")],
+        [((), "float32")],
+        options={"skip_nonfinite": True},
     ),
 ]
 
