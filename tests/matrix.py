@@ -66,6 +66,8 @@ def environment(keras, python, pins, backends):
     constraints.write_text("\n".join([*kept, *(f"{n}=={v}" for n, v in pins.items())]) + "\n")
     wanted = ["-c", constraints, "-e", f"{ROOT}[test]", *(BACKENDS[b] for b in backends)]
     subprocess.run([own, "-m", "pip", "install", "-q", *wanted], check=True)
+    # Comes with PyTorch's CUDA build, which does without it on a CPU; loaded after JAX it crashes.
+    subprocess.run([own, "-m", "pip", "uninstall", "-q", "-y", "triton"], check=True)
     return own
 
 
