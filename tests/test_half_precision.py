@@ -571,3 +571,29 @@ def test_pieces_that_end_within_a_variable(monkeypatch, rng):
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     assert not np.array_equal(results[0][0], np.asarray(start[0], "float32"))
+
+
+@half
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch alone has a way of its own")
+def test_own_way_to_round_is_that_of_the_rule(dtype):
+    """To the bit, for each bfloat16 there is; also where another value was set, and where there is no number."""
+    import torch
+
+    from keras_adam.backends import torch as backend
+
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    rng = np.random.default_rng(0)
+    factors = torch.tensor(1 + rng.uniform(-0.01, 0.01, 2**16).astype("float32"))
+    p = torch.cat([every.float() * factors, torch.tensor(numbers_to_round())])
+    p = p[p.isnan() | (p.abs() < 6e4)] if dtype == "float16" else p
+    for t in (0, 1, 5000):
+        dither = rule.dither(torch.tensor(t))
+        kept, lost = backend._split(p, dtype, dither)
+        for got, want in zip((kept, lost), rule.split(p, dtype, dither), strict=True):
+            np.testing.assert_array_equal(value_of(got), value_of(want))
+        half = getattr(torch, dtype)
+        kept, lost = kept.to(half), lost.to(half)
+        for others in (lost, lost.roll(1), lost * 1e30, torch.full_like(lost, torch.nan)):
+            want = rule.joined(kept.float(), others.float(), dtype)
+            got = backend._joined(kept, others, dtype)
+            np.testing.assert_array_equal(value_of(got), value_of(want))

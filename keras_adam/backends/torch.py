@@ -315,13 +315,12 @@ class _Tensors:
                 [x[cut] for x, cut in _flat(y, cuts)] for y in tensors
             )
             sizes = [x.numel() for x in parameters]
-            whole = torch.cat(parameters).float()
-            if lost:
-                whole = rule.joined(whole, torch.cat(lost).float(), name)
+            whole = torch.cat(parameters)
+            whole = _joined(whole, torch.cat(lost), name) if lost else whole.float()
             steps = self.steps[:1] * len(sizes)
             update(whole.split(sizes), torch.cat(chosen).float().split(sizes), *state, steps)
             if lost:
-                whole, rest = rule.split(whole, name, dither)
+                whole, rest = _split(whole, name, dither)
                 torch._foreach_copy_(lost, rest.split(sizes))
             torch._foreach_copy_(parameters, whole.split(sizes))
 
@@ -339,6 +338,29 @@ class _Tensors:
                 pieces[-1].append((i, slice(start, stop)))
                 room -= stop - start
         return pieces
+
+
+def _joined(p, lost, dtype: str):
+    """`rule.joined`; in bfloat16 by casts, without new memory, and without comparisons, which are slow on CPUs."""
+    if dtype != "bfloat16":
+        return rule.joined(p.float(), lost.float(), dtype)
+    wide, lost = p.float(), lost.float()
+    rounded = lost.mul(0.99).add_(wide).to(p.dtype)
+    away = rounded.view(torch.int16).bitwise_xor_(p.view(torch.int16))  # 0 where they are the same
+    fits = away.neg().bitwise_or_(away).bitwise_right_shift_(15).bitwise_not_()  # all bits, or none
+    lost.view(torch.int32).bitwise_and_(fits.to(torch.int32))
+    return wide.add_(lost)
+
+
+def _split(p, dtype: str, dither):
+    """`rule.split`; in bfloat16 by casts, and with what rounding took of a NaN left to chance."""
+    if dtype != "bfloat16":
+        return rule.split(p, dtype, dither)
+    kept = p.to(torch.bfloat16)
+    rest = kept.float()
+    bits = torch.sub(p, rest, out=rest).view(torch.int32)
+    bits.add_((dither * 2**16).to(torch.int32)).bitwise_right_shift_(16)
+    return kept, bits.to(torch.int16).view(torch.bfloat16)
 
 
 def _flat(tensors, cuts):
