@@ -230,6 +230,9 @@ class Optimizer:
         x.p = x.p - step
         x.e_p = x.e_p + np.where(frozen, 0, e_step) + u * (np.abs(x.p) + np.abs(step))
         self._store(x)
+        if self.options["state_dtype"]:  # of less range than a float64 variable
+            x.m, x.v, x.s = (_in_range(y, "float32") for y in (x.m, x.v, x.s))
+            x.may_be_nan |= np.isinf(x.v)
 
     def _state_error(self, x):
         """What keeping a moment does to it, relative."""
@@ -261,7 +264,7 @@ class Optimizer:
 
 def _in_range(x, wide):
     """Infinity for what is beyond float32's range, where all is computed in it."""
-    return np.where(np.abs(x) > LARGEST, np.inf, x) if wide == "float32" else x
+    return np.where(np.abs(x) > LARGEST, np.copysign(np.inf, x), x) if wide == "float32" else x
 
 
 def _norm(values, wide, lone_holds):

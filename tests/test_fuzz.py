@@ -465,6 +465,11 @@ FOUND = [
         [((), "float32")],
         options={"skip_nonfinite": True},
     ),
+    plan_of(
+        [("step", ["normal"]), ("step", [(1e30, 0)]), ("step", ["normal"])],
+        [((), "float64")],
+        options={"state_dtype": "float32"},
+    ),
 ]
 
 

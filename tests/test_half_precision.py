@@ -15,7 +15,7 @@ from steps import value_of
 
 BACKEND = keras.backend.backend()
 HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a spacing, relative
-NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 half = pytest.mark.parametrize("dtype", HALF)
 
 
@@ -191,21 +191,45 @@ def test_second_moment_in_bfloat16_does_not_stall():
     np.testing.assert_allclose(numbers(optimizer._velocities[0]), expected, rtol=0.05)
 
 
-@half
-def test_fast_path_equals_the_portable_one(dtype):
+BOTH_HALF = {"state_dtype": "bfloat16", "amsgrad": True}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("bfloat16", {"use_ema": True}),
+        ("float16", {"use_ema": True}),
+        ("bfloat16", BOTH_HALF),
+        ("bfloat16", {**BOTH_HALF, "kahan_sum": False}),
+        ("float32", BOTH_HALF),
+    ],
+)
+def test_fast_path_equals_the_portable_one(dtype, options, monkeypatch):
+    """A rounding of float32 may turn one of bfloat16, in a few places."""
+
     class Portable(keras_adam.Adam):
         def update_step(self, *args):
             return super().update_step(*args)
 
     starts, gradients = problem(dtype, 50)
-    options = {"learning_rate": 1e-3, "weight_decay": 0.1, "use_ema": True}
+    options = {"learning_rate": 1e-3, "weight_decay": 0.1, **options}
     one = keras_adam.Adam(**options)
     other = Portable(**options)
-    got, want = (run_on(o, dtype, starts, gradients) for o in (one, other))
+    want = run_on(other, dtype, starts, gradients)
+    if BACKEND == "torch":
+        monkeypatch.setattr(one, "update_step", None)
+    got = run_on(one, dtype, starts, gradients)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(numbers(a), numbers(b), rtol=2.1 * HALF[dtype], atol=1e-6)
+        spacing = 2.1 * HALF[dtype] if dtype in HALF else 1e-5
+        np.testing.assert_allclose(numbers(a), numbers(b), rtol=spacing, atol=1e-6)
     for a, b in zip(one.variables, other.variables, strict=True):
-        tolerance = {"rtol": 1e-4, "atol": 1e-6} if a.dtype == "float32" else {"atol": 1e-2}
+        if "compensation" in a.path:
+            tolerance = {"atol": 1e-2}
+        elif a.dtype == "bfloat16":
+            tolerance = {"rtol": 2.1 * HALF["bfloat16"], "atol": 1e-6}
+            assert np.sum(numbers(a) != numbers(b)) <= 1
+        else:
+            tolerance = {"rtol": 1e-4, "atol": 1e-6}
         np.testing.assert_allclose(numbers(a), numbers(b), **tolerance)
 
 

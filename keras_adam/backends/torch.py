@@ -73,7 +73,7 @@ class Backend:
             and all(map(torch.Tensor.is_contiguous, tensors.parameters))
             and bucket.group.options.amsgrad != "corrected"
             and all(g.device == tensors.device for g in grads)
-            and (tensors.is_half or all(g.dtype is tensors.dtype for g in grads))
+            and (tensors.in_pieces or all(g.dtype is tensors.dtype for g in grads))
         )
 
     def _fused_step(self, bucket, grads, learning_rate, iterations: int) -> None:
@@ -98,8 +98,8 @@ class Backend:
             maximize=options.maximize,
         )
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
-        if tensors.is_half:
-            tensors.update_widened(update, grads, self._dither())
+        if tensors.in_pieces:
+            tensors.update_in_pieces(update, grads, self._dither())
         else:
             moments = tensors.m, tensors.v, tensors.s
             update(tensors.parameters, grads, *moments, tensors.steps)
@@ -290,8 +290,10 @@ class _Tensors:
         self.s = [moments.s.value for moments in bucket.moments if moments.s is not None]
         first = self.parameters[0]
         self.dtype, self.device = first.dtype, first.device
-        self.is_half = self.dtype.itemsize < 4
-        wide = torch.float32 if self.is_half else self.dtype
+        is_half = self.dtype.itemsize < 4
+        wide = torch.float32 if is_half else self.dtype
+        self.has_half_state = wide is torch.float32 and self.m[0].dtype is torch.bfloat16
+        self.in_pieces = is_half or self.has_half_state
         self.lost = [x.value for x in bucket.compensations if x is not None]
         self.step = torch.zeros((), dtype=torch.float32, device=self.device)
         self.steps = [self.step] * len(self.parameters)
@@ -299,15 +301,15 @@ class _Tensors:
         # The kernel walks through memory, all tensors in step, and knows one dtype at a time.
         self.serve = (
             self.device.type in _FUSED_DEVICES
-            and all(x.dtype is wide for x in state)
+            and all(x.dtype is (torch.bfloat16 if self.has_half_state else wide) for x in state)
             and all(x.dtype is self.dtype for x in self.parameters)
             and all(
                 x.device == self.device and x.is_contiguous() for x in (*self.parameters, *state)
             )
         )
 
-    def update_widened(self, update, grads, dither) -> None:
-        """Update parameters of half precision in float32, so many elements at a time, in one piece of memory."""
+    def update_in_pieces(self, update, grads, dither) -> None:
+        """Update what is of half precision in float32, so many elements at a time, in one piece of memory."""
         name = keras.backend.standardize_dtype(self.dtype)
         tensors = self.parameters, self.lost, grads, self.m, self.v, self.s
         for cuts in self._pieces:
@@ -317,12 +319,19 @@ class _Tensors:
             sizes = [x.numel() for x in parameters]
             whole = torch.cat(parameters)
             whole = _joined(whole, torch.cat(lost), name) if lost else whole.float()
+            moments, widened = state, []
+            if self.has_half_state:
+                widened = [torch.cat(x).float() for x in state if x]
+                moments = [list(x.split(sizes)) for x in widened]
+                moments += [[]] * (len(state) - len(moments))
             steps = self.steps[:1] * len(sizes)
-            update(whole.split(sizes), torch.cat(chosen).float().split(sizes), *state, steps)
+            update(whole.split(sizes), torch.cat(chosen).float().split(sizes), *moments, steps)
             if lost:
                 whole, rest = _split(whole, name, dither)
                 torch._foreach_copy_(lost, rest.split(sizes))
             torch._foreach_copy_(parameters, whole.split(sizes))
+            for kept, x in zip(state, widened, strict=False):
+                torch._foreach_copy_(kept, _dithered(x, dither).split(sizes))
 
     @functools.cached_property
     def _pieces(self) -> list[list[tuple[int, slice]]]:
@@ -353,14 +362,23 @@ def _joined(p, lost, dtype: str):
 
 
 def _split(p, dtype: str, dither):
-    """`rule.split`; in bfloat16 by casts, and with what rounding took of a NaN left to chance."""
+    """`rule.split`; in bfloat16 by casts."""
     if dtype != "bfloat16":
         return rule.split(p, dtype, dither)
     kept = p.to(torch.bfloat16)
     rest = kept.float()
-    bits = torch.sub(p, rest, out=rest).view(torch.int32)
+    return kept, _dithered(torch.sub(p, rest, out=rest), dither)
+
+
+def _dithered(x, dither):
+    """`rule.rounded` to bfloat16, of an `x` that may be overwritten.
+
+    A NaN whose bits are nearly all set may become a number: no operation makes such a one, and where a moment or what
+    rounding took is a NaN, the parameter is one too.
+    """
+    bits = x.view(torch.int32)
     bits.add_((dither * 2**16).to(torch.int32)).bitwise_right_shift_(16)
-    return kept, bits.to(torch.int16).view(torch.bfloat16)
+    return bits.to(torch.int16).view(torch.bfloat16)
 
 
 def _flat(tensors, cuts):
