@@ -6,13 +6,18 @@ doctest, whose output is compared. What needs a shell is ```console, and does no
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import keras_adam
+from steps import BACKEND, KERAS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -58,6 +63,28 @@ def test_page(page, tmp_path, monkeypatch):
             run_doctest(example)
         else:
             exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+@pytest.mark.skipif(KERAS != (3, 15), reason="the page is about Keras 3.15.1")
+def test_reproductions_of_faults(tmp_path):
+    """Those in boxes too, in a process of their own: each row shows another outcome of Keras than of ours."""
+    page = (ROOT / "docs" / "keras_faults.md").read_text(encoding="utf-8")
+    in_boxes = re.compile(r"^(?:    )?```python\n(.*?)^(?:    )?```$", re.DOTALL | re.MULTILINE)
+    script = "\n".join(textwrap.dedent(found[1]) for found in in_boxes.finditer(page))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outcomes: dict[str, dict[str, list[str]]] = {}
+    for row, of, outcome in re.findall(r"^row (\w+), (\w+): (.*)$", done.stdout, re.MULTILINE):
+        outcomes.setdefault(row, {}).setdefault(of, []).append(outcome)
+    rows = re.findall(r"^\| (\d+) \|.*\| ([\w, ]+) \| [^|]+ \|$", page, re.MULTILINE)
+    assert [int(row) for row, _ in rows] == list(range(1, 35))
+    here = [row for row, backends in rows if backends == "all" or BACKEND in backends.lower()]
+    for row in here:
+        assert outcomes[row]["Keras"] != outcomes[row]["ours"], f"row {row}: {outcomes[row]}"
+    raise_ours = {row for row in here if any("Error: " in x for x in outcomes[row]["ours"])}
+    assert raise_ours - {"17"} == {"18", "19", "21", "22", "32"}  # 17 is asked or refused
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
