@@ -108,14 +108,14 @@ def read(store, owner: str) -> list[Saved]:
             raise ValueError(
                 f"Optimizer '{owner}': in the saved state, {s.label} (array '{key}') is damaged: it does not have the "
                 "checksum that it was saved with. An array that was changed on purpose must lose its attribute "
-                "'crc32'. Nothing was loaded."
+                "'crc32'. No state was loaded."
             )
         saved.append(s)
     other = _other_optimizer(store)
     if other and not all(s.role for s in saved):
         raise ValueError(
             f"Optimizer '{owner}': the saved state is that of '{other}', another kind of optimizer, whose arrays mean "
-            "something else. Nothing was loaded."
+            "something else. No state was loaded."
         )
     return saved
 
@@ -140,7 +140,7 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
         if s.value.shape != tuple(entry.variable.shape):
             raise ValueError(
                 f"Optimizer '{owner}': {entry.label} has shape {tuple(entry.variable.shape)}, but the saved "
-                f"array has shape {s.value.shape}. Nothing was loaded."
+                f"array has shape {s.value.shape}. No state was loaded."
             )
         dtype = keras.backend.standardize_dtype(entry.variable.dtype)
         if not keras.backend.is_float_dtype(dtype):
@@ -148,7 +148,7 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
         elif not s.value.dtype.name.startswith(("float", "bfloat")):
             raise ValueError(
                 f"Optimizer '{owner}': {entry.label} is of dtype {dtype}, but the saved array is of dtype "
-                f"{s.value.dtype}. Nothing was loaded."
+                f"{s.value.dtype}. No state was loaded."
             )
 
 
@@ -159,7 +159,7 @@ def whole_number(s: Saved, owner: str, label: str, most: int = 2**63 - 1) -> int
     if not is_number or not 0 <= value <= most or value != int(value):
         shown = value.item() if value.shape == () else f"an array of shape {value.shape}"
         raise ValueError(
-            f"Optimizer '{owner}': {label} must be a whole number from 0 to {most}. Received: {shown!r}. Nothing was "
+            f"Optimizer '{owner}': {label} must be a whole number from 0 to {most}. Received: {shown!r}. No state was "
             "loaded."
         )
     return int(value)
@@ -217,7 +217,7 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
         if any(s.start for s in saved):
             raise ValueError(
                 f"Optimizer '{owner}': the saved state is of variables that joined late, and of another model: none of "
-                "its paths is known here, so that which is which cannot be told. Nothing was loaded."
+                "its paths is known here, so that which is which cannot be told. No state was loaded."
             )
         return None
     if _are_alike(saved, entries) and [aligned.get(s.path) for s in saved] != [
@@ -227,7 +227,7 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
             raise ValueError(
                 f"Optimizer '{owner}': by name the saved state is in another order than by position, and the names are "
                 "numbered ones, which tell the order of creation, so that which is which cannot be told. Build the "
-                "optimizer with the variables in the order in which they were saved. Nothing was loaded."
+                "optimizer with the variables in the order in which they were saved. No state was loaded."
             )
         return None  # a model rebuilt after another one has names that are numbered on
     files = {(s.role, aligned.get(s.path, s.path)): s for s in saved}
@@ -240,12 +240,12 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
     for name in [*(e[:2] for e in entries), *files]:
         if name != rate and name not in files and name[0] not in MAY_LACK:
             raise ValueError(
-                f"Optimizer '{owner}': the saved state lacks {_label(*name)}. Nothing was loaded."
+                f"Optimizer '{owner}': the saved state lacks {_label(*name)}. No state was loaded."
             )
         if name != rate and name not in ours:
             raise ValueError(
                 f"Optimizer '{owner}': the saved state holds {_label(*name)}, which the optimizer does not have. "
-                "Nothing was loaded."
+                "No state was loaded."
             )
     return [
         (entry, files[entry[:2]] if entry[:2] in files else _zeros(entry))
@@ -273,13 +273,13 @@ def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
     if len(saved) != len(entries):
         raise ValueError(
             f"Optimizer '{owner}' has {len(entries)} state variables, but the saved state has {len(saved)} "
-            "arrays: it was saved by an optimizer with other options or for other variables. Nothing was loaded."
+            "arrays: it was saved by an optimizer with other options or for other variables. No state was loaded."
         )
     for s, entry in zip(saved, entries, strict=True):
         if s.role and s.role != entry.role:
             raise ValueError(
                 f"Optimizer '{owner}': where it has {entry.label}, the saved state has "
-                f"{_label(s.role, s.path)}. Nothing was loaded."
+                f"{_label(s.role, s.path)}. No state was loaded."
             )
     return [*zip(entries, saved, strict=True), *lacking]
 

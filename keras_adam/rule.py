@@ -138,6 +138,7 @@ _DROPPED = {
 _SMALLEST = 2.0**-24  # spacing of float16 below its smallest normal number, 2^-14
 # What rounding takes is kept times this: what it takes from a small float16 would be too small for another one.
 _MAGNIFIED = {"bfloat16": 1, "float16": 2**11}
+DITHERS = 10946
 
 
 def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
@@ -163,11 +164,11 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
 
 
 def dither(t: Tensor) -> Tensor:
-    """Return the `t`-th of 10,946 numbers in [0, 1), any run of which is spread evenly.
+    """Return the `t`-th of `DITHERS` numbers in [0, 1), any run of which is spread evenly.
 
     They are multiples of the golden ratio modulo 1, from two neighbouring Fibonacci numbers.
     """
-    return ops.cast(ops.cast(t % 10946, "int32") * 6765 % 10946, "float32") / 10946
+    return ops.cast(ops.cast(t % DITHERS, "int32") * 6765 % DITHERS, "float32") / DITHERS
 
 
 def joined(p: Tensor, lost: Tensor, dtype: str) -> Tensor:

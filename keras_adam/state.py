@@ -525,6 +525,12 @@ class State(keras.optimizers.Optimizer):
         pairs = checkpoint.match(saved, entries, self.name)
         marks = {id(e.variable): s.start for e, s in pairs if s.start}
         momentums = self._slots("_momentums")
+        for entry, s in pairs:
+            if s.start and f"start_{s.start}" not in starts:
+                raise ValueError(
+                    f"Optimizer '{self.name}': the saved state lacks start_{s.start}, which tells at which update "
+                    f"'{entry.path}' joined. No state was loaded."
+                )
         joined = [starts.get(f"start_{marks.get(id(m))}", 0) for m in momentums]
         self._check_starts(joined)
         checkpoint.assign(pairs)
@@ -548,7 +554,7 @@ class State(keras.optimizers.Optimizer):
             raise ValueError(
                 f"Optimizer '{self.name}': in what is loaded other variables joined late than in the train step that "
                 "was compiled. Load it before the first step, or into a model compiled anew with a new optimizer. "
-                "Nothing was loaded."
+                "No state was loaded."
             )
 
     @staticmethod
@@ -581,6 +587,8 @@ class State(keras.optimizers.Optimizer):
             for array in arrays
         ]
         checkpoint.assign(checkpoint.match(saved, entries, self.name))
+        for group in self._groups:
+            group.renew_numbers()
 
 
 def compute_dtype(dtype) -> str:
@@ -598,7 +606,8 @@ def value_of(variable, dtype=None):
     return value if dtype is None else ops.cast(value, dtype)
 
 
-def _check_trainable(variables) -> None:
+def check_given_once(variables) -> None:
+    """Raise a ValueError if a variable stands twice in a list."""
     seen = set()
     for variable in variables:
         if id(variable) in seen:
@@ -607,6 +616,11 @@ def _check_trainable(variables) -> None:
                 f"Received: '{path_of(variable)}' more than once"
             )
         seen.add(id(variable))
+
+
+def _check_trainable(variables) -> None:
+    check_given_once(variables)
+    for variable in variables:
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(variable.dtype)):
             raise ValueError(
                 "`variables` must be of a floating dtype. "

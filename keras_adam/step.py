@@ -16,7 +16,7 @@ from keras_adam import hyperparameters, rule
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
 from keras_adam.rows import Rows, map_values, values_of
-from keras_adam.state import HALF, State, compute_dtype, value_of
+from keras_adam.state import HALF, State, check_given_once, compute_dtype, value_of
 
 _MOST_LISTS = 16  # of variables for which buckets are remembered
 
@@ -58,8 +58,8 @@ class PortableAdam(State):
                 with; given on the first call, they build it.
 
         Raises:
-            ValueError: If the numbers of gradients and variables differ, a variable is not known, or no variable has
-                a gradient.
+            ValueError: If the numbers of gradients and variables differ, a variable is not known or stands twice, or
+                no variable has a gradient.
         """
         grads = list(grads)
         if not grads:
@@ -132,6 +132,7 @@ class PortableAdam(State):
                 self.build(variables)
         identities = tuple(map(id, variables))
         if identities not in self._checked_lists:
+            check_given_once(variables)
             self._check_variables_are_known(variables)
             self._checked_lists.add(identities)
         return variables
@@ -196,8 +197,8 @@ class PortableAdam(State):
         if count >= last:
             raise OverflowError(
                 f"`optimizer.iterations` has come to {last}, the end of what its dtype holds: schedules, accumulation "
-                "and averages cannot all go on from here. Assign a smaller number, for which they are what you want, "
-                f"to train on. Received: iterations={count}"
+                "and averages cannot all go on from here. Train on with a new optimizer, or set its count of steps "
+                f"to a smaller number, for which they are what you want. Received: iterations={count}"
             )
 
     def _last_count(self) -> int:
@@ -304,8 +305,9 @@ class PortableAdam(State):
         for slot, value in zip(slots, moments, strict=True):
             if slot is not None:
                 kept = keras.backend.standardize_dtype(slot.dtype)
-                is_half = kept in HALF and dtype == "float32"
-                write(slot, rule.rounded(value, kept, self._dither()) if is_half else value)
+                if kept in HALF:
+                    value = rule.rounded(ops.cast(value, "float32"), kept, self._dither())
+                write(slot, value)
 
     def _read_parameter(self, variable, read=value_of):
         """Return a variable's value in the dtype of the update, with what rounding took from it."""

@@ -196,6 +196,11 @@ def test_no_gradient_at_all(variables):
 def test_variable_twice(variables):
     with pytest.raises(ValueError, match=r"twice\. Received: 'first' more than once"):
         keras_adam.Adam().build([*variables, variables[0]])
+    optimizer = keras_adam.Adam()
+    optimizer.build(variables)
+    with pytest.raises(ValueError, match=r"twice\. Received: 'first' more than once"):
+        optimizer.apply([GRADIENT] * 2, [variables[0]] * 2)
+    assert int(optimizer.iterations) == 0
 
 
 def test_integer_variable(variables):

@@ -445,7 +445,7 @@ def test_older_version(path):
 
 
 @pytest.mark.parametrize("path", sorted(OLD.glob("joined_late-*")), ids=lambda p: p.name[12:19])
-def test_older_version_with_groups(path):
+def test_older_version_with_groups(path, tmp_path):
     """Its state goes on as that of a run by the present version."""
 
     def prepared():
@@ -472,6 +472,14 @@ def test_older_version_with_groups(path):
     assert int(slots_named(older.optimizer, "start_0").numpy()) == 4
     fit(older)
     assert_close(weights(older), weights(model))
+
+    cut_off = tmp_path / "cut_off.weights.h5"
+    older.save_weights(cut_off)
+    with h5py.File(cut_off, "a") as file:
+        last = str(len(file[ARRAYS]) - 1)
+        assert file[ARRAYS][last].attrs["role"] == "start_0"
+        del file[ARRAYS][last]
+    assert_refused(older, cut_off, "lacks start_0")
 
 
 def slots_named(optimizer, name):

@@ -305,7 +305,7 @@ class Run:
             old.save_own_variables(store)
             new.build(self.variables)
             fresh = bits(new.variables)
-            with pytest.raises(ValueError, match="Nothing was loaded"):
+            with pytest.raises(ValueError, match="No state was loaded"):
                 new.load_own_variables(store)
             assert_same_bits(bits(new.variables), fresh, "after a refusal")
             return

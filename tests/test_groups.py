@@ -1,12 +1,14 @@
 """Parameter groups: who is in which, what holds for them, what may be set while training."""
 
 import keras
+import numpy as np
 import pytest
 import torch
 
 import keras_adam
 from helpers import SHAPES, assert_same_trajectory, run, run_reference, run_torch
 from models import BATCHES, Expected, assert_close, fit, make_model, weights
+from steps import compiled_step, value_of
 from tolerances import TOLERANCES
 
 BACKEND = keras.backend.backend()
@@ -648,3 +650,15 @@ def test_number_of_a_compiled_optimizer_with_the_default_group_alone():
     options = {"learning_rate": 0.02, "weight_decay": lambda step: 0.5 * (step >= len(BATCHES))}
     assert_close(weights(model), Expected(options).fit(2).weights)
     assert model.optimizer.weight_decay == 0.5
+
+
+def test_set_weights_brings_the_numbers_of_groups():
+    """Where they come from an optimizer that asks a callable, the state holds none; the own ones stay."""
+    variables = [keras.Variable([1.0]) for _ in range(2)]
+    asking = keras_adam.Adam(0.5, beta_1=lambda: 0.5, param_groups=[])
+    told = keras_adam.Adam(0.5, beta_1=0.9, param_groups=[])
+    for optimizer, variable in zip((asking, told), variables, strict=True):
+        optimizer.build([variable])
+    told.set_weights(asking.variables)
+    compiled_step(told, variables[1:])(np.array([0.1], "float32"))
+    np.testing.assert_allclose(value_of(told._momentums[0]), [0.01], rtol=1e-5)

@@ -5,6 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
+from keras.src.backend.common.variables import AutocastScope
 
 import helpers
 import keras_adam
@@ -621,3 +622,42 @@ def test_own_way_to_round_is_that_of_the_rule(dtype):
             want = rule.joined(kept.float(), others.float(), dtype)
             got = backend._joined(kept, others, dtype)
             np.testing.assert_array_equal(value_of(got), value_of(want))
+
+
+def test_moments_of_a_float64_variable_in_bfloat16_do_not_stall():
+    variable = keras.Variable(0.0, dtype="float64")
+    optimizer = keras_adam.Adam(0.0, state_dtype="bfloat16")
+    optimizer.build([variable])
+    step = stepper(optimizer, [variable])
+    expected = 0.0
+    for i in range(1000):
+        gradient = 10.0 if i < 20 else 0.1
+        step([ops.convert_to_tensor(gradient, "float64")])
+        expected += 0.001 * (gradient**2 - expected)
+    np.testing.assert_allclose(numbers(optimizer._velocities[0]), expected, rtol=0.05)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch alone joins gradients")
+@pytest.mark.parametrize(("dtype", "large"), [("bfloat16", 257), ("float16", 100_000)])
+def test_gradients_of_different_dtypes(dtype, large):
+    variables = [keras.Variable([1.0], dtype=dtype) for _ in range(2)]
+    optimizer = keras_adam.Adam(0.0)
+    gradients = [ops.convert_to_tensor([large], "int32"), ops.ones((1,), dtype)]
+    optimizer.apply(gradients, variables)
+    momenta = [numbers(m).item() for m in optimizer._momentums]
+    np.testing.assert_allclose(momenta, [0.1 * large, 0.1], rtol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras's base does not build there")
+def test_step_within_a_layer_of_mixed_precision():
+    """There `variable.value` is a copy in bfloat16."""
+    variable = keras.Variable([1.0])
+    optimizer = keras_adam.Adam(0.1)
+    optimizer.build([variable])
+    gradient = ops.ones(1)
+    for _ in range(2):
+        with AutocastScope("bfloat16"):
+            optimizer.apply([gradient], [variable])
+        optimizer.apply([gradient], [variable])
+    np.testing.assert_allclose(numbers(variable), [0.6], atol=5e-3)
+    assert keras.backend.standardize_dtype(variable._value.dtype) == "float32"

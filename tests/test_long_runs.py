@@ -1,10 +1,13 @@
 """Counts of steps that float32 does not hold (from 2^24 on), and where int32 ends."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
 
 import keras_adam
+from keras_adam import rule
 from models import fit, make_model
 from steps import BACKEND, compiled_step, either_way, value_of
 
@@ -62,8 +65,9 @@ def test_variable_that_joins_late_starts_at_its_own_step_one(make_step, count):
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="int64 there")
-def test_last_count_refuses_another_eager_step():
-    optimizer, variable = at(LAST - 1)
+@pytest.mark.parametrize("options", [{}, {"beta_1": lambda: 0.9}], ids=["numbers", "callable"])
+def test_last_count_refuses_another_eager_step(options):
+    optimizer, variable = at(LAST - 1, **options)
     gradients = [keras.ops.convert_to_tensor(GRADIENT)]
     optimizer.apply(gradients, [variable])
     before = value_of(variable)
@@ -91,13 +95,14 @@ def test_last_count_is_told_by_fit():
         {"gradient_accumulation_steps": 3},
         {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 4},
         {"gradient_accumulation_steps": 3, "use_ema": True, "ema_overwrite_frequency": 2},
+        {"gradient_accumulation_steps": 3, "state_dtype": "bfloat16"},
     ],
-    ids=["plain", "accumulation", "averages", "both"],
+    ids=["plain", "accumulation", "averages", "both", "dither"],
 )
 def test_compiled_steps_keep_their_rhythm_at_the_last_count(options):
-    """The same steps from another count, as far from a multiple of 12, where all bias corrections are 1 too."""
+    """The same steps from another count of the same phase, where all bias corrections are 1 too."""
     ends = []
-    for count in (LAST - 7, 12 * 10**6 + (LAST - 7) % 12):
+    for count in (LAST - 7, LAST - 7 - 100 * math.lcm(12, rule.DITHERS)):
         optimizer, variable = at(count, **options)
         step, path = compiled_step(optimizer, [variable]), []
         for _ in range(30):

@@ -1,6 +1,7 @@
 """What JAX does its own way: an eager step as one compiled call, and branches that carry state."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from keras_adam import hyperparameters
+from keras_adam import hyperparameters, rule
 from keras_adam.groups import NUMERIC
 from keras_adam.paths import path_of
 from keras_adam.rows import Rows
@@ -45,10 +46,12 @@ class Backend:
         # As one compiled call when called eagerly; operation by operation it would take a hundred times as long.
         # Nothing is donated: the caller may hold the arrays.
         grads = list(grads)
-        if not grads or not self._may_compile(grads):
+        is_eager = not self._is_traced(grads) and self._iterations.value is self._iterations._value
+        if grads and is_eager:
+            self._check_count_at_most()
+        if not (grads and is_eager and self._may_compile()):
             super().apply(grads, trainable_variables)
             return
-        self._check_count_at_most()
         variables = self._variables_for(grads, trainable_variables)
         constants = self._constants()
         key = tuple(map(id, variables)), tuple(g is None for g in grads), constants
@@ -75,15 +78,16 @@ class Backend:
     def _check_count_at_most(self) -> None:
         # The device is asked, which would wait for it, only after the count was set, or where it may be at its end.
         array, count = self._counted
-        if array is not self._iterations._value or count >= self._last_count():
-            count = int(self._iterations._value)
-            self.__dict__["_counted"] = self._iterations._value, count
+        if array is self._iterations._value and count < 2**30:
+            return
+        count = int(self._iterations._value)
+        self.__dict__["_counted"] = self._iterations._value, count
         self._check_count(count)
 
     def _increment_iterations(self, by):
         # A compiled step cannot raise. At the end of int32 the count goes round in its last cycle instead of becoming
-        # negative: bias corrections are 1 there, and accumulation and averages keep their rhythm. Only schedules stand
-        # still, as the end of `fit` and an eager step tell.
+        # negative: bias corrections are 1 there; accumulation, averages and dither keep their rhythm. Only schedules
+        # stand still, as the end of `fit` and an eager step tell.
         count = self._iterations.value
         last = jax.numpy.iinfo(count.dtype).max
         following = jax.numpy.where(count == last, self._last_count(), count + 1)
@@ -92,6 +96,11 @@ class Backend:
     def _last_count(self):
         last, steps = super()._last_count(), self.gradient_accumulation_steps or 1
         cycle = steps * (self.ema_overwrite_frequency or 1 if self.use_ema else 1)
+        is_half = self.state_dtype == "bfloat16" or any(
+            x is not None for x in self._slots("_compensations")
+        )
+        if is_half:
+            cycle = math.lcm(cycle, rule.DITHERS)
         return last + 1 - (cycle if cycle <= last else steps)
 
     def _stateless_step(self, variables, values, grads):
@@ -105,10 +114,12 @@ class Backend:
         others = [v for v in variables if id(v) not in known]
         return [*self._trainable_variables, *others, *self.variables]
 
-    def _may_compile(self, grads) -> bool:
-        tracing = self._is_compiling() or any(
+    def _is_traced(self, grads) -> bool:
+        return self._is_compiling() or any(
             isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(grads)
         )
+
+    def _may_compile(self) -> bool:
         hyperparameters = [
             self._learning_rate,
             *(g.given(name) for g in self._groups for name in NUMERIC),
@@ -116,8 +127,7 @@ class Backend:
         asked = any(
             callable(x) and not isinstance(x, LearningRateSchedule) for x in hyperparameters
         )
-        stateless = self._iterations.value is not self._iterations._value
-        return not (tracing or asked or stateless or self._overrides_update_step())
+        return not (asked or self._overrides_update_step())
 
     def _dynamic(self):
         """Return each number of each group that is a schedule, None in place of the others."""

@@ -99,6 +99,10 @@ class Backend:
         )
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
         if tensors.in_pieces:
+            if (
+                len({g.dtype for g in grads}) > 1
+            ):  # what is joined together would be rounded to one of them
+                grads = [g.float() for g in grads]
             tensors.update_in_pieces(update, grads, self._dither())
         else:
             moments = tensors.m, tensors.v, tensors.s
@@ -284,17 +288,18 @@ class _Tensors:
     """A bucket's tensors, in the lists that the kernel takes."""
 
     def __init__(self, bucket):
-        self.parameters = [v.value for v in bucket.variables]
-        self.m = [moments.m.value for moments in bucket.moments]
-        self.v = [moments.v.value for moments in bucket.moments]
-        self.s = [moments.s.value for moments in bucket.moments if moments.s is not None]
+        # Not `value`, which within a layer of mixed precision is a copy in another dtype.
+        self.parameters = [v._value for v in bucket.variables]
+        self.m = [moments.m._value for moments in bucket.moments]
+        self.v = [moments.v._value for moments in bucket.moments]
+        self.s = [moments.s._value for moments in bucket.moments if moments.s is not None]
         first = self.parameters[0]
         self.dtype, self.device = first.dtype, first.device
         is_half = self.dtype.itemsize < 4
         wide = torch.float32 if is_half else self.dtype
         self.has_half_state = wide is torch.float32 and self.m[0].dtype is torch.bfloat16
         self.in_pieces = is_half or self.has_half_state
-        self.lost = [x.value for x in bucket.compensations if x is not None]
+        self.lost = [x._value for x in bucket.compensations if x is not None]
         self.step = torch.zeros((), dtype=torch.float32, device=self.device)
         self.steps = [self.step] * len(self.parameters)
         state = (*self.m, *self.v, *self.s)
@@ -373,9 +378,10 @@ def _split(p, dtype: str, dither):
 def _dithered(x, dither):
     """`rule.rounded` to bfloat16, of an `x` that may be overwritten.
 
-    A NaN whose bits are nearly all set may become a number: no operation makes such a one, and where a moment or what
-    rounding took is a NaN, the parameter is one too.
+    A NaN whose bits are nearly all set may become a number here: on a CPU no operation makes such a one.
     """
+    if x.device.type != "cpu":
+        return rule.rounded(x, "bfloat16", dither)
     bits = x.view(torch.int32)
     bits.add_((dither * 2**16).to(torch.int32)).bitwise_right_shift_(16)
     return bits.to(torch.int16).view(torch.bfloat16)
