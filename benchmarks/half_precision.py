@@ -211,9 +211,8 @@ def run(seeds: int, only: str) -> None:
             begin = time.perf_counter()
             try:
                 losses[name] = [final_loss(task, dtype, make, seed) for seed in range(seeds)]
-            except (
-                TypeError
-            ) as error:  # Keras's Adam with a loss scale and an embedding, on TensorFlow
+            except TypeError as error:
+                # Keras's Adam with a loss scale and an embedding, on TensorFlow.
                 console.print(f"{name} raises {error}")
                 losses[name] = [float("nan")] * seeds
             spent = time.perf_counter() - begin

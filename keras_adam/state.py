@@ -523,20 +523,26 @@ class State(keras.optimizers.Optimizer):
             if any(s.role for s in saved) or len(saved) <= len(without):
                 entries = without
         pairs = checkpoint.match(saved, entries, self.name)
-        marks = {id(e.variable): s.start for e, s in pairs if s.start}
-        momentums = self._slots("_momentums")
+        joined_late = {}
         for entry, s in pairs:
-            if s.start and f"start_{s.start}" not in starts:
+            if not s.start:
+                continue
+            if f"start_{s.start}" not in starts:
                 raise ValueError(
                     f"Optimizer '{self.name}': the saved state lacks start_{s.start}, which tells at which update "
                     f"'{entry.path}' joined. No state was loaded."
                 )
-        joined = [starts.get(f"start_{marks.get(id(m))}", 0) for m in momentums]
+            joined_late[id(entry.variable)] = starts[f"start_{s.start}"]
+        joined = [joined_late.get(id(m), 0) for m in self._slots("_momentums")]
         self._check_starts(joined)
+        self._assign_state(pairs)
+        self._set_starts(joined)
+
+    def _assign_state(self, pairs) -> None:
+        """Give the state what was saved, and the groups their own numbers where that holds none."""
         checkpoint.assign(pairs)
         for group in self._groups:
             group.renew_numbers()
-        self._set_starts(joined)
 
     def _set_starts(self, joined: list[int]) -> None:
         """Let each variable have joined at the update given, 0 being the beginning."""
@@ -586,9 +592,7 @@ class State(keras.optimizers.Optimizer):
             checkpoint.Saved("", "", array.astype("float64") if array.dtype.kind in "iu" else array)
             for array in arrays
         ]
-        checkpoint.assign(checkpoint.match(saved, entries, self.name))
-        for group in self._groups:
-            group.renew_numbers()
+        self._assign_state(checkpoint.match(saved, entries, self.name))
 
 
 def compute_dtype(dtype) -> str:

@@ -99,9 +99,8 @@ class Backend:
         )
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
         if tensors.in_pieces:
-            if (
-                len({g.dtype for g in grads}) > 1
-            ):  # what is joined together would be rounded to one of them
+            # Joined as they are, gradients of several dtypes would be rounded to one of these.
+            if len({g.dtype for g in grads}) > 1:
                 grads = [g.float() for g in grads]
             tensors.update_in_pieces(update, grads, self._dither())
         else:
