@@ -431,7 +431,8 @@ def plan_of(operations, variables, **others):
 FLOAT32 = [((3,), "float32"), ((3,), "float32")]
 # What it has found: in a store that tells no roles, the numbers of groups, a group added before
 # training among variables of one shape, and the count of skipped steps; two joinings at the same update, which share
-# a start once loaded; the norm of a single number whose square is infinite, of one dtype among two.
+# a start once loaded; the norm of a single number whose square is infinite, of one dtype among two; a float16 NaN,
+# which as float32 has its upper bits set, in moments of bfloat16.
 FOUND = [
     plan_of([("step", ["normal"]), ("save_and_load", "dict")], FLOAT32, groups=[({}, 0)]),
     plan_of(
@@ -469,6 +470,11 @@ FOUND = [
         [("step", ["normal"]), ("step", [(1e30, 0)]), ("step", ["normal"])],
         [((), "float64")],
         options={"state_dtype": "float32"},
+    ),
+    plan_of(
+        [("step", ["normal"]), ("step", [(float("nan"), 0)]), ("step", ["normal"])],
+        [((), "float16")],
+        options={"state_dtype": "bfloat16"},
     ),
 ]
 

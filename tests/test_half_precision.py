@@ -1,5 +1,7 @@
 """Variables of 8 or 11 bits: what float32 would do, to their precision, and what never gets lost."""
 
+import itertools
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -48,7 +50,8 @@ def numbers_to_round():
     rng = np.random.default_rng(0)
     spread = rng.standard_normal(3000) * 10.0 ** rng.uniform(-9, 4, 3000)
     odd = [0.0, -0.0, 1.0, -1.0, 1 + 2.0**-9, 1 + 3 * 2.0**-9, 65504.0, 6e-8, 3e-8, np.inf, np.nan]
-    return np.array([*spread, *odd], "float32")
+    all_bits_set = np.array([2**31 - 1, -1], "int32").view("float32")  # two more NaNs
+    return np.append(np.array([*spread, *odd], "float32"), all_bits_set)
 
 
 def compiled(function):
@@ -609,10 +612,14 @@ def test_own_way_to_round_is_that_of_the_rule(dtype):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     rng = np.random.default_rng(0)
     factors = torch.tensor(1 + rng.uniform(-0.01, 0.01, 2**16).astype("float32"))
-    p = torch.cat([every.float() * factors, torch.tensor(numbers_to_round())])
-    p = p[p.isnan() | (p.abs() < 6e4)] if dtype == "float16" else p
-    for t in (0, 1, 5000):
+    numbers = torch.cat([every.float() * factors, torch.tensor(numbers_to_round())])
+    if dtype == "float16":
+        numbers = numbers[numbers.isnan() | (numbers.abs() < 6e4)]
+    finite = numbers[numbers.abs() < 1e30]  # also their sum, which tells
+    for t, p in itertools.product((0, 1, 5000), (numbers, finite)):
         dither = rule.dither(torch.tensor(t))
+        got, want = backend._dithered(p.clone(), dither), rule.rounded(p, "bfloat16", dither)
+        np.testing.assert_array_equal(value_of(got), value_of(want))
         kept, lost = backend._split(p, dtype, dither)
         for got, want in zip((kept, lost), rule.split(p, dtype, dither), strict=True):
             np.testing.assert_array_equal(value_of(got), value_of(want))

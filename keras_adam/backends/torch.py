@@ -375,11 +375,9 @@ def _split(p, dtype: str, dither):
 
 
 def _dithered(x, dither):
-    """`rule.rounded` to bfloat16, of an `x` that may be overwritten.
-
-    A NaN whose bits are nearly all set may become a number here: on a CPU no operation makes such a one.
-    """
-    if x.device.type != "cpu":
+    """`rule.rounded` to bfloat16, of an `x` that may be overwritten."""
+    # A NaN may carry into the sign, and become a number. A look for one costs little on a CPU, where nothing waits.
+    if x.device.type != "cpu" or not x.sum().isfinite():
         return rule.rounded(x, "bfloat16", dither)
     bits = x.view(torch.int32)
     bits.add_((dither * 2**16).to(torch.int32)).bitwise_right_shift_(16)
