@@ -187,7 +187,7 @@ class Optimizer:
         if group["decoupled_weight_decay"]:
             x.p = x.p - lr * decay * x.p
             x.e_p = x.e_p + (q * lr * decay + 2 * u) * np.abs(x.p)
-        else:
+        elif decay:  # else 0 times a NaN would come in
             e_g = e_g + decay * x.e_p + q * decay * np.abs(x.p) + u * np.abs(g)
             g = g + decay * x.p
         state = self._state_error(x)

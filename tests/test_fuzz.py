@@ -432,7 +432,8 @@ FLOAT32 = [((3,), "float32"), ((3,), "float32")]
 # What it has found: in a store that tells no roles, the numbers of groups, a group added before
 # training among variables of one shape, and the count of skipped steps; two joinings at the same update, which share
 # a start once loaded; the norm of a single number whose square is infinite, of one dtype among two; a float16 NaN,
-# which as float32 has its upper bits set, in moments of bfloat16.
+# which as float32 has its upper bits set, in moments of bfloat16. In the model: moments of less range than their
+# variable; no decay of a variable that is NaN.
 FOUND = [
     plan_of([("step", ["normal"]), ("save_and_load", "dict")], FLOAT32, groups=[({}, 0)]),
     plan_of(
@@ -475,6 +476,11 @@ FOUND = [
         [("step", ["normal"]), ("step", [(float("nan"), 0)]), ("step", ["normal"])],
         [((), "float16")],
         options={"state_dtype": "bfloat16"},
+    ),
+    plan_of(
+        [("step", [(float("inf"), 0)]), ("step", ["normal"])],
+        [((), "float32")],
+        options={"decoupled_weight_decay": False},
     ),
 ]
 
