@@ -182,14 +182,18 @@ class PortableAdam(State):
         if is_done is True:
             self._increment_iterations(1)
         elif is_done is False:
-            self.skipped_steps.assign_add(1)
+            self._increment_skipped(1)
         else:
             self._increment_iterations(ops.cast(is_done, self._iterations.dtype))
-            skipped = ops.cast(ops.logical_not(is_done), self.skipped_steps.dtype)
-            self.skipped_steps.assign_add(skipped)
+            self._increment_skipped(ops.cast(ops.logical_not(is_done), self.skipped_steps.dtype))
 
     def _increment_iterations(self, by) -> None:
         self._iterations.assign_add(by)
+
+    def _increment_skipped(self, by) -> None:
+        # Beyond the end of what the dtype holds comes its most negative number.
+        skipped = self.skipped_steps.value
+        self.skipped_steps.assign(ops.maximum(skipped, skipped + by))
 
     def _check_count(self, count: int) -> None:
         """Raise if `count`, the number of steps so far, is the last from which all can go on."""

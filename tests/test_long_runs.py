@@ -116,6 +116,17 @@ def test_compiled_steps_keep_their_rhythm_at_the_last_count(options):
         optimizer.apply([keras.ops.convert_to_tensor(GRADIENT)], [variable])
 
 
+@either_way
+def test_count_of_skipped_steps_stands_at_its_end(make_step):
+    optimizer, variable = at(0, skip_nonfinite=True)
+    optimizer.skipped_steps.assign(np.array(LAST - 1))
+    step = make_step(optimizer, [variable])
+    for _ in range(3):
+        step(np.array([0.5, np.inf], "float32"))
+    assert int(keras.ops.convert_to_numpy(optimizer.skipped_steps)) == LAST
+    assert int(value_of(optimizer.iterations)) == 0
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="int32 elsewhere")
 def test_tensorflow_goes_on_beyond_int32():
     optimizer, variable = at(2**31 - 2, gradient_accumulation_steps=2)
