@@ -5,6 +5,7 @@ import sys
 
 import keras
 import numpy as np
+from keras.src.saving.saving_lib import H5IOStore
 
 import keras_adam
 from models import EVERYTHING, Expected, assert_close, fit, make_model, weights
@@ -39,6 +40,21 @@ FROM_KERAS = {"keras": (lambda: keras.optimizers.Adam(0.02), {"learning_rate": 0
 
 def state_of(optimizer):
     return [np.array(keras.ops.convert_to_numpy(v)) for v in optimizer.variables]
+
+
+def save_state(file, optimizer):
+    store = H5IOStore(file, mode="w")
+    optimizer.save_own_variables(store.make("optimizer"))
+    store.close()
+    return file
+
+
+def load_state(file, optimizer):
+    store = H5IOStore(file, mode="r")
+    try:
+        optimizer.load_own_variables(store.get("optimizer"))
+    finally:
+        store.close()
 
 
 def load(path):

@@ -27,11 +27,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from keras.src.saving.saving_lib import H5IOStore
 
 import keras_adam
 import model_of_optimizer as model
 from helpers import float64_allowed
+from resume import load_state, save_state
 from steps import BACKEND, compiled_step, value_of
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
@@ -310,12 +310,9 @@ class Run:
             assert_same_bits(bits(new.variables), fresh, "after a refusal")
             return
         if how == "h5":
-            file = io.BytesIO()
-            store = H5IOStore(file, mode="w")
-            old.save_own_variables(store.make("optimizer"))
-            store.close()
+            file = save_state(io.BytesIO(), old)
             new.build(self.variables)
-            new.load_own_variables(H5IOStore(file).get("optimizer"))
+            load_state(file, new)
         elif how == "dict":
             store = {}
             old.save_own_variables(store)
