@@ -160,6 +160,7 @@ class PortableAdam(State):
             grads = [g.summed() if isinstance(g, Rows) else g for g in grads]
 
         def act():
+            self._begin_again()
             if self.gradient_accumulation_steps:
                 self._accumulate(grads, trainable_variables, absent)
             else:
@@ -172,6 +173,12 @@ class PortableAdam(State):
         is_finite = self._are_finite(values_of(grads))
         self._when(is_finite, act)
         return is_finite
+
+    def _begin_again(self) -> None:
+        """Let all variables count from the beginning if the count was set back to before some of them joined."""
+        for start in self._starts:
+            is_past = ops.less_equal(start, self.iterations)
+            self.assign(start, value_of(start) * ops.cast(is_past, start.dtype))
 
     def _are_finite(self, values):
         """Whether no value is infinite or NaN."""
@@ -449,7 +456,10 @@ class PortableAdam(State):
             if not self._traced or id(variable) in met or not self._is_known(variable):
                 continue
             start = self._start_of[self._get_variable_index(variable)]
-            if start is not None and int(self._starts[start]) < int(self.iterations):
+            if start is None:
+                continue
+            joined, now = map(ops.convert_to_numpy, (self._starts[start], self.iterations))
+            if joined < now:
                 raise ValueError(
                     f"'{path_of(variable)}' was not trained: the train step was compiled before its group was added. "
                     "Compile the model again after `add_param_group`."

@@ -223,7 +223,8 @@ class TorchVocabulary(State):
             return None
         start = self._start_of[index]
         step = int(ops.convert_to_numpy(self.iterations))
-        step -= 0 if start is None else int(ops.convert_to_numpy(self._starts[start]))
+        joined = 0 if start is None else int(ops.convert_to_numpy(self._starts[start]))
+        step -= joined if joined <= step else 0  # the count was set back: `_begin_again`
         if step <= 0:
             return None  # as a parameter that has never had a gradient
         moments = {"step": np.array(step, "float32")}

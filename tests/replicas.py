@@ -24,6 +24,7 @@ CASES = {
     },
     "bfloat16": {},
     "skip_nonfinite": {"skip_nonfinite": True},
+    "late": {"skip_nonfinite": True},
 }
 STEPS, BATCH = 16, 16
 
@@ -55,7 +56,13 @@ def compiled(case, **more):
             keras.layers.Dense(3, name="second"),
         ]
     )
-    model.compile(keras_adam.Adam(0.01, **CASES[case], **more), loss="mse")
+    optimizer = keras_adam.Adam(0.01, **CASES[case], **more)
+    if case == "late":  # and the count is set back to before that
+        optimizer.build(model.layers[1].trainable_variables)
+        optimizer.iterations.assign(9)
+        optimizer.add_param_group({"params": model.layers[0]})
+        optimizer.iterations.assign(5)
+    model.compile(optimizer, loss="mse")
     return model
 
 

@@ -9,6 +9,7 @@ import pytest
 import keras_adam
 from keras_adam import rule
 from models import fit, make_model
+from resume import state_of
 from steps import BACKEND, compiled_step, either_way, value_of
 
 # Of `iterations`: Keras makes it int64 on TensorFlow.
@@ -62,6 +63,49 @@ def test_variable_that_joins_late_starts_at_its_own_step_one(make_step, count):
     for steps in (1, 2):  # each of them moves by the learning rate
         step(GRADIENT, GRADIENT)
         np.testing.assert_allclose(value_of(late), [1 - 0.01 * steps, 0.01 * steps - 1], 1e-5)
+
+
+@either_way
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epsilon_hat": False, "weight_decay": 0.1},
+        {"amsgrad": "corrected"},
+        {"gradient_accumulation_steps": 2, "skip_nonfinite": True},
+        {"use_ema": True, "state_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_count_set_back_to_before_a_variable_joined(make_step, count, options):
+    """Then it counts from the beginning as the others do, and as if it had always been there."""
+    ends = []
+    every = options.get("gradient_accumulation_steps", 1)
+    for joins_late in (True, False):
+        variables = [keras.Variable([x, -x], name=f"v{x}") for x in (1.0, 2.0)]
+        optimizer = keras_adam.Adam(0.01, param_groups=[], **options)
+        optimizer.build(variables[:1] if joins_late else variables)
+        if joins_late:
+            optimizer._iterations.assign(3 * every)
+            optimizer.add_param_group({"params": variables[1]})
+            optimizer.build(variables)
+            assert int(value_of(optimizer._starts[0])) == 3
+        step = make_step(optimizer, variables)
+        for variable in (*optimizer._momentums, *optimizer._velocities):
+            variable.assign(np.full(2, 0.25, "float32"))
+        optimizer._iterations.assign(count * every)
+        for _ in range(6 * every):
+            step(GRADIENT, GRADIENT)
+        ends.append([value_of(v) for v in (*variables, *optimizer._momentums)])
+        assert int(value_of(optimizer._iterations)) == (count + 6) * every
+        if joins_late and count < 3:
+            assert int(value_of(optimizer._starts[0])) == 0
+    for late, early in zip(*ends, strict=True):
+        assert np.isfinite(late).all()
+        if count < 3:
+            np.testing.assert_allclose(late, early, rtol=1e-6)
+    assert np.allclose(ends[0][1], ends[1][1], rtol=1e-6) is (count < 3)
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="int64 there")
@@ -132,6 +176,15 @@ def test_tensorflow_goes_on_beyond_int32():
     optimizer, variable = at(2**31 - 2, gradient_accumulation_steps=2)
     moved(optimizer, variable, steps=4)
     assert int(value_of(optimizer._iterations)) == 2**31 + 2
+
+
+def test_set_weights_does_not_round_counts():
+    source, _ = at(LAST - 2, skip_nonfinite=True)
+    source.skipped_steps.assign(np.array(LAST))
+    target, _ = at(5, skip_nonfinite=True)
+    target.set_weights(state_of(source))
+    counts = [keras.ops.convert_to_numpy(x) for x in (target._iterations, target.skipped_steps)]
+    assert [int(x) for x in counts] == [LAST - 2, LAST]
 
 
 def test_saved_count_that_does_not_fit_is_refused():

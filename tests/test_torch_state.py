@@ -628,6 +628,18 @@ def trained_in_keras(*shapes, **options):
     return optimizer
 
 
+def test_count_that_was_set_back_to_before_a_variable_joined():
+    (a, b), gradient = make_variables((2,), (2,)), keras.ops.ones(2)
+    optimizer = keras_adam.Adam()
+    for _ in range(3):
+        optimizer.apply([gradient], [a])
+    optimizer.add_param_group({"params": b})
+    optimizer.apply([gradient, gradient], [a, b])
+    optimizer.iterations.assign(2)
+    steps = [float(x["step"]) for x in optimizer.state_dict()["state"].values()]
+    assert steps == [2, 2]
+
+
 def test_mismatch_names_the_variable_and_both_shapes():
     """The last variable is the one that does not fit; the others are not touched, nor the numbers."""
     theirs, _ = trained_in_torch((4,), (4, 3), lr=0.5, betas=(0.5, 0.5))

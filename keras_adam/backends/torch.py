@@ -161,6 +161,12 @@ class Backend:
         values = torch._foreach_clamp_min(values, -self.clipvalue)
         return torch._foreach_clamp_max(values, self.clipvalue)
 
+    def _begin_again(self):
+        updates = self._read(self._iterations) // (self.gradient_accumulation_steps or 1)
+        for start in self._starts:
+            if self._read(start) > updates:
+                start.assign(0)
+
     def _are_finite(self, values):
         # The one thing that is read from the device in a step, as by PyTorch's own `GradScaler`.
         values = [x for x in values if x.numel()]
