@@ -152,17 +152,19 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
             )
 
 
-def whole_number(s: Saved, owner: str, label: str, most: int = 2**63 - 1) -> int:
+def whole_number(s: Saved, owner: str, label: str, most: int) -> int:
     """Return the count that an array holds; raise a ValueError if it holds none, or one above `most`."""
     value = s.value
     is_number = value.shape == () and value.dtype.name.startswith(("int", "uint", "float"))
-    if not is_number or not 0 <= value <= most or value != int(value):
+    # As a whole number: beside a float of NumPy, `most` would be rounded up to one.
+    number = int(value) if is_number and np.isfinite(value) else -1
+    if not 0 <= number <= most or value != number:
         shown = value.item() if value.shape == () else f"an array of shape {value.shape}"
         raise ValueError(
             f"Optimizer '{owner}': {label} must be a whole number from 0 to {most}. Received: {shown!r}. No state was "
             "loaded."
         )
-    return int(value)
+    return number
 
 
 def is_beginning(saved: list[Saved]) -> bool:
@@ -209,8 +211,15 @@ def assign(pairs: list[tuple[Entry, Saved]]) -> None:
 
 def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
     """Pair by role and path; return nothing where the file does not tell them or they cannot serve."""
-    if not all(s.role for s in saved):
+    if not any(s.role for s in saved):
         return None
+    unmarked = [i for i, s in enumerate(saved) if not s.role]
+    if unmarked:
+        raise ValueError(
+            f"Optimizer '{owner}': in the saved state array '{unmarked[0]}' does not tell what it is, and others do, "
+            "so that it was put there later. To change an array on purpose, write into it, as in `array[...] = value` "
+            "of h5py, and remove its attribute 'crc32'. No state was loaded."
+        )
     ours = {e[:2] for e in entries}
     aligned = align((s.path for s in saved), (e.path for e in entries))
     if not any(aligned):  # a model rebuilt in the same session has other layer names
@@ -231,8 +240,15 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
             )
         return None  # a model rebuilt after another one has names that are numbered on
     files = {(s.role, aligned.get(s.path, s.path)): s for s in saved}
-    if len(files) < len(saved):
-        return None
+    if len(files) < len(saved):  # variables of one path
+        pairs = _match_positions(saved, entries, owner)
+        for entry, s in pairs:
+            if s.path and aligned.get(s.path, s.path) != entry.path:
+                raise ValueError(
+                    f"Optimizer '{owner}': the saved state holds arrays of one role and path, which only their order "
+                    f"tells apart, but where it holds {s.label}, the optimizer has {entry.label}. No state was loaded."
+                )
+        return pairs
     # What was frozen when it was saved is not among the variables that a loaded model is built for.
     files = {name: s for name, s in files.items() if name in ours or not s.frozen}
     # A learning rate that was a number and is a schedule now, or the reverse, loses no moments.

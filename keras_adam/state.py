@@ -510,11 +510,19 @@ class State(keras.optimizers.Optimizer):
         if checkpoint.is_beginning(saved):
             self._load_beginning(saved)
             return
+        most = int(np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max)
         starts = {
-            s.role: checkpoint.whole_number(s, self.name, s.role)
+            s.role: checkpoint.whole_number(s, self.name, s.role, most)
             for s in saved
             if s.role.startswith("start")
         }
+        marks = {f"start_{s.start}" for s in saved if s.start}
+        unmarked = next((role for role, at in starts.items() if at and role not in marks), None)
+        if unmarked:
+            raise ValueError(
+                f"Optimizer '{self.name}': the saved state holds {unmarked}, at which a variable joined, but no "
+                "momentum that is marked with it. No state was loaded."
+            )
         saved = [s for s in saved if not s.role.startswith("start")]
         entries = [e for e in self._entries_in_order() if not e.role.startswith("start")]
         if not any(s.role.startswith("hyperparameters") for s in saved):
@@ -549,7 +557,8 @@ class State(keras.optimizers.Optimizer):
         values, start_of = self._starts_for(joined)
         while len(self._starts) < len(values):
             self._add_start(0)
-        for start, value in zip(self._starts, values, strict=False):
+        unused = [0] * (len(self._starts) - len(values))
+        for start, value in zip(self._starts, [*values, *unused], strict=True):
             start.assign(value)
         self._start_of[:] = start_of
         self._bucket_cache.clear()
@@ -587,11 +596,12 @@ class State(keras.optimizers.Optimizer):
                 f"`weights` must hold one array for each of the {len(entries)} state variables. "
                 f"Received: {len(arrays)} arrays"
             )
-        saved = [
+        saved = []
+        for array, entry in zip(arrays, entries, strict=True):
             # Whole numbers serve for floats here, as they do everywhere in Python.
-            checkpoint.Saved("", "", array.astype("float64") if array.dtype.kind in "iu" else array)
-            for array in arrays
-        ]
+            is_float = keras.backend.is_float_dtype(entry.variable.dtype)
+            widen = is_float and array.dtype.kind in "iu"
+            saved.append(checkpoint.Saved("", "", array.astype("float64") if widen else array))
         self._assign_state(checkpoint.match(saved, entries, self.name))
 
 

@@ -14,7 +14,7 @@ import torch
 
 import keras_adam
 from models import EVERYTHING, Expected, assert_close, fit, make_model, weights
-from resume import state_of
+from resume import load_state, save_state, state_of
 from steps import BACKEND, KERAS, slots
 
 OLD = pathlib.Path(__file__).parent / "files"
@@ -283,13 +283,26 @@ def another_role(arrays):
     replace(arrays, "3", arrays["3"][()], role="momentum")
 
 
+def without_names_and_one_more(arrays):
+    nameless(arrays)
+    arrays["8"] = np.zeros(2, "f4")
+
+
+def put_anew(arrays):
+    del arrays["1"]
+    arrays["1"] = np.float32(0.5)
+
+
+BEYOND = np.float64(2**63) if BACKEND == "tensorflow" else np.float32(2**31)  # the next is less
 EDITS = {
     "missing at the end": (
         lambda arrays: arrays.__delitem__("7"),
         "lacks velocity_hat of '.*bias'",
     ),
     "missing in between": (lambda arrays: arrays.__delitem__("3"), "none named '3'"),
-    "extra": (lambda arrays: arrays.__setitem__("8", np.zeros(2, "f4")), "8 .* 9 arrays"),
+    "extra": (lambda arrays: arrays.__setitem__("8", np.zeros(2, "f4")), "array '8' does not tell"),
+    "extra among nameless ones": (without_names_and_one_more, "8 .* 9 arrays"),
+    "nameless": (put_anew, "array '1' does not tell what it is"),
     "not a number": (lambda arrays: arrays.move("4", "x"), "none named '4'"),
     "role": (another_role, "lacks velocity of|has 8 state variables|where it has"),
     "shape": (lambda arrays: replace(arrays, "2", np.zeros((2, 4), "f4")), r"\(4, 2\).*\(2, 4\)"),
@@ -305,6 +318,7 @@ EDITS = {
     "NaN": (lambda arrays: replace(arrays, "0", np.nan), "iteration must be .* Received: nan"),
     "infinity": (lambda arrays: replace(arrays, "0", np.inf), "iteration must be .*: inf"),
     "beyond int64": (lambda arrays: replace(arrays, "0", np.uint64(2**63)), "iteration must be"),
+    "beyond its dtype": (lambda arrays: replace(arrays, "0", BEYOND), "iteration must be"),
     "yes": (lambda arrays: replace(arrays, "0", True), "iteration must be .* Received: True"),
 }
 
@@ -369,6 +383,87 @@ def test_swapped_values(edited, target):
         arrays["2"][...], arrays["3"][...] = arrays["3"][()], arrays["2"][()]
 
     assert_refused(target, edited(swap), "momentum of '.*kernel'.* is damaged")
+
+
+def two_variables(*names):
+    return [keras.Variable(np.ones(3, "float32"), name=name) for name in names]
+
+
+def after_a_step(variables):
+    optimizer = keras_adam.Adam()
+    gradients = [keras.ops.full((3,), 1.0 + i) for i in range(len(variables))]
+    optimizer.apply(gradients, variables)
+    return optimizer
+
+
+def test_two_variables_of_one_path(tmp_path):
+    """Their order alone tells them apart; it must not be another one."""
+    source = after_a_step(two_variables("a", "a"))
+    path = save_state(tmp_path / "state.h5", source)
+    target = keras_adam.Adam()
+    target.build(two_variables("a", "a"))
+    load_state(path, target)
+    assert_equal(state_of(target), state_of(source))
+
+    path = save_state(tmp_path / "other.h5", after_a_step(two_variables("a", "b")))
+    with h5py.File(path, "r+") as file:
+        replace(file[ARRAYS], "4", file[ARRAYS]["4"][()], path="a")
+    for names in (("a", "b"), ("b", "a")):
+        target = keras_adam.Adam()
+        target.build(two_variables(*names))
+        before = state_of(target)
+        with pytest.raises(ValueError, match="arrays of one role and path"):
+            load_state(path, target)
+        assert_equal(state_of(target), before)
+
+
+def unmark(arrays):
+    replace(arrays, "4", arrays["4"][()])
+    del arrays["4"].attrs["start"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (unmark, "holds start_0, at which a variable joined, but no momentum"),
+        (lambda arrays: replace(arrays, "8", np.uint64(2**63)), "start_0 must be a whole number"),
+        (lambda arrays: replace(arrays, "8", BEYOND), "start_0 must be a whole number"),
+        (lambda arrays: arrays.__delitem__("8"), "lacks start_0"),
+    ],
+    ids=["unmarked", "beyond int64", "beyond its dtype", "missing"],
+)
+def test_start_of_a_late_variable(edit, message, tmp_path):
+    a, b = two_variables("a", "b")
+    optimizer = after_a_step([a])
+    optimizer.add_param_group({"params": b})
+    optimizer.apply([keras.ops.ones(3), keras.ops.ones(3)], [a, b])
+    path = save_state(tmp_path / "state.h5", optimizer)
+    with h5py.File(path, "r+") as file:
+        told = [array.attrs["role"] for array in file[ARRAYS].values()]
+        assert told.index("start_0") == 8
+        assert file[ARRAYS]["4"].attrs["start"] == "0"
+        edit(file[ARRAYS])
+    target = keras_adam.Adam(param_groups=[{"params": b}])
+    target.build([a, b])
+    before = state_of(target)
+    with pytest.raises(ValueError, match=message):
+        load_state(path, target)
+    assert_equal(state_of(target), before)
+
+
+def test_start_that_is_not_needed_any_more(tmp_path):
+    """What was loaded knows of fewer variables that joined late; so does what is saved then."""
+    a, b = two_variables("a", "b")
+    late = after_a_step([a])
+    late.add_param_group({"params": b})
+    path = save_state(tmp_path / "early.h5", after_a_step([a, b]))
+    load_state(path, late)
+    again = save_state(tmp_path / "again.h5", late)
+    target = keras_adam.Adam(param_groups=[{"params": b}])
+    target.build([a, b])
+    load_state(again, target)
+    target.apply([keras.ops.ones(3), keras.ops.ones(3)], [a, b])
+    assert int(target.iterations) == 2
 
 
 def test_swapped_arrays_without_names(edited, target):
