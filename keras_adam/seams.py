@@ -1,9 +1,11 @@
 """What of Keras's insides this package relies on: if some of it goes, importing the package says so."""
 
+import contextlib
 import inspect
 from typing import NoReturn
 
 import keras
+from keras.src.backend.common import global_state
 
 SUPPORTED = ">=3.10,<4"  # as in pyproject.toml
 
@@ -41,6 +43,23 @@ HOOKS = {
     "stateless_apply": ("self", "optimizer_variables", "grads", "trainable_variables"),
     "update_step": ("self", "gradient", "variable", "learning_rate"),
 }
+
+
+@contextlib.contextmanager
+def without_autocast():
+    """Let variables give their own value and dtype, where a layer of mixed precision would have copies of another.
+
+    Not `AutocastScope(None)`, under which all of them say that they are of `keras.config.floatx()`.
+    """
+    scope = global_state.get_global_attribute("autocast_scope")
+    if scope is None:
+        yield
+        return
+    global_state.set_global_attribute("autocast_scope", None)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("autocast_scope", scope)
 
 
 def check() -> None:

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adam import hyperparameters, rule
+from keras_adam import hyperparameters, rule, seams
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
 from keras_adam.rows import Rows, map_values, values_of
@@ -67,7 +67,7 @@ class PortableAdam(State):
         variables = self._variables_for(grads, trainable_variables)
         if self._is_compiling():
             self._traced, self._traced_rate = True, self._dynamic_rate()
-        with keras.name_scope(self.name, caller=self):
+        with seams.without_autocast(), keras.name_scope(self.name, caller=self):
             absent = [v for g, v in zip(grads, variables, strict=True) if g is None]
             if absent:
                 grads, variables = self._filter_empty_gradients(grads, variables)

@@ -657,15 +657,20 @@ def test_gradients_of_different_dtypes(dtype, large):
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras's base does not build there")
-def test_step_within_a_layer_of_mixed_precision():
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": "corrected"}], ids=["fused", "portable"])
+def test_step_within_a_layer_of_mixed_precision(options, dtype):
     """There `variable.value` is a copy in bfloat16."""
-    variable = keras.Variable([1.0])
-    optimizer = keras_adam.Adam(0.1)
+    variable = keras.Variable([1.0], dtype=dtype)
+    optimizer = keras_adam.Adam(0.1, **options)
     optimizer.build([variable])
     gradient = ops.ones(1)
     for _ in range(2):
         with AutocastScope("bfloat16"):
             optimizer.apply([gradient], [variable])
         optimizer.apply([gradient], [variable])
-    np.testing.assert_allclose(numbers(variable), [0.6], atol=5e-3)
-    assert keras.backend.standardize_dtype(variable._value.dtype) == "float32"
+    whole = ops.convert_to_numpy(optimizer._read_parameter(variable))
+    np.testing.assert_allclose(whole, [0.6], rtol=1e-5)
+    assert keras.backend.standardize_dtype(variable._value.dtype) == dtype
+    for x in (*optimizer._momentums, *optimizer._velocities):
+        assert keras.backend.standardize_dtype(x._value.dtype) == "float32"

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from keras_adam import hyperparameters, rule
+from keras_adam import hyperparameters, rule, seams
 from keras_adam.groups import NUMERIC
 from keras_adam.paths import path_of
 from keras_adam.rows import Rows
@@ -64,15 +64,16 @@ class Backend:
             self._compiled[key] = step, kept
         changing = self._changing(variables)
         traced = self._traced, self._traced_rate
-        values = self._compiled[key][0]([v.value for v in changing], grads)
-        # What was compiled here is compiled anew when a constant of it changes.
-        self._traced, self._traced_rate = traced
         # They are of the right shape and dtype, which `assign` would find out for each. A subclass may have its own.
         is_own = type(self).assign is not Backend.assign
         is_own = is_own or "assign" in self.__dict__
         assign = self.assign if is_own or in_stateless_scope() else _assign
-        for variable, value in zip(changing, values, strict=True):
-            assign(variable, value)
+        with seams.without_autocast():  # as in `super().apply`
+            values = self._compiled[key][0]([v.value for v in changing], grads)
+            for variable, value in zip(changing, values, strict=True):
+                assign(variable, value)
+        # What was compiled here is compiled anew when a constant of it changes.
+        self._traced, self._traced_rate = traced
         self.__dict__["_counted"] = self._iterations._value, self._counted[1] + 1
 
     def _check_count_at_most(self) -> None:
