@@ -217,7 +217,9 @@ class State(keras.optimizers.Optimizer):
             group.variables.append(variable)
         with self._outside_graph():
             joined = int(ops.convert_to_numpy(self.iterations)) if first else 0
-        self._start_of.extend([self._add_start(joined) if joined else None] * len(variables))
+        has_moments = [not self._overwrite_variable_with_gradient(v) for v in variables]
+        start = self._add_start(joined) if joined and any(has_moments) else None
+        self._start_of.extend(start if has else None for has in has_moments)
         wanted = [self._dtypes_of(v, group) for v, group in zip(variables, chosen, strict=True)]
         for roles in _BUILD_ORDER:
             made = [
@@ -572,9 +574,10 @@ class State(keras.optimizers.Optimizer):
                 "No state was loaded."
             )
 
-    @staticmethod
-    def _starts_for(joined: list[int]) -> tuple[list[int], list[int | None]]:
-        """Return the updates at which some joined late, and which of them is each variable's."""
+    def _starts_for(self, joined: list[int]) -> tuple[list[int], list[int | None]]:
+        """Return the updates at which some joined late, and which of them is each variable's that has moments."""
+        moments = self._slots("_momentums")
+        joined = [0 if m is None else j for m, j in zip(moments, joined, strict=True)]
         values = sorted(set(joined) - {0})
         return values, [values.index(j) if j else None for j in joined]
 

@@ -451,6 +451,20 @@ def test_start_of_a_late_variable(edit, message, tmp_path):
     assert_equal(state_of(target), before)
 
 
+def test_late_variable_without_moments(tmp_path):
+    a, b = two_variables("a", "b")
+    b.overwrite_with_gradient = True
+    optimizer = after_a_step([a])
+    optimizer.add_param_group({"params": b})
+    optimizer.apply([keras.ops.ones(3), keras.ops.full((3,), 7.0)], [a, b])
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(b), [7.0, 7.0, 7.0])
+    path = save_state(tmp_path / "state.h5", optimizer)
+    target = keras_adam.Adam(param_groups=[{"params": b}])
+    target.build([a, b])
+    load_state(path, target)
+    assert int(target.iterations) == 2
+
+
 def test_start_that_is_not_needed_any_more(tmp_path):
     """What was loaded knows of fewer variables that joined late; so does what is saved then."""
     a, b = two_variables("a", "b")
