@@ -46,11 +46,11 @@ class Backend:
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if not self._may_fuse():
             return self._portable_update_step(grads, trainable_variables, learning_rate)
-        step = self._read(self._iterations)
+        updates = self._updates()
         for bucket in self._buckets(trainable_variables):
             chosen = [grads[i] for i in bucket.positions]
             if self._can_fuse(bucket, chosen):
-                self._fused_step(bucket, chosen, learning_rate, step)
+                self._fused_step(bucket, chosen, learning_rate, updates)
             else:
                 self._portable_update_step(chosen, bucket.variables, learning_rate)
 
@@ -76,12 +76,11 @@ class Backend:
             and (tensors.in_pieces or all(g.dtype is tensors.dtype for g in grads))
         )
 
-    def _fused_step(self, bucket, grads, learning_rate, iterations: int) -> None:
+    def _fused_step(self, bucket, grads, learning_rate, updates: int) -> None:
         group, options = bucket.group, bucket.group.options
         tensors = bucket.memory
-        steps = self.gradient_accumulation_steps or 1
         start = 0 if bucket.start is None else self._read(self._starts[bucket.start])
-        t = iterations // steps + 1 - start
+        t = updates + 1 - start
         now = self._numbers_of(group, learning_rate)
         epsilon = now["epsilon"]
         if options.epsilon_hat:
@@ -134,6 +133,10 @@ class Backend:
             known = self._host_values[id(variable)] = key, value.item()
         return known[1]
 
+    def _updates(self) -> int:
+        """Return the number of updates so far, several calls of `apply` each where gradients are accumulated."""
+        return self._read(self._iterations) // (self.gradient_accumulation_steps or 1)
+
     def _remember(self, variable, number) -> None:
         value = variable.value
         self._host_values[id(variable)] = (id(value), value._version), number
@@ -162,7 +165,7 @@ class Backend:
         return torch._foreach_clamp_max(values, self.clipvalue)
 
     def _begin_again(self):
-        updates = self._read(self._iterations) // (self.gradient_accumulation_steps or 1)
+        updates = self._updates()
         for start in self._starts:
             if self._read(start) > updates:
                 start.assign(0)
@@ -174,8 +177,7 @@ class Backend:
         return bool(torch.stack(largest).isfinite().all())
 
     def _has_started(self, start):
-        count = self._read(self._iterations) // (self.gradient_accumulation_steps or 1)
-        return count != (0 if start is None else self._read(self._starts[start]))
+        return self._updates() != (0 if start is None else self._read(self._starts[start]))
 
     def _update_model_variables_moving_average(self, trainable_variables):
         if self._iterations.value is not self._iterations._value:
@@ -196,9 +198,8 @@ class Backend:
     # Accumulation
 
     def _is_due(self, iterations, every):
-        count = self._read(self._iterations)
-        if iterations is not self._iterations:
-            count //= self.gradient_accumulation_steps or 1
+        of_calls = iterations is self._iterations
+        count = self._read(self._iterations) if of_calls else self._updates()
         return (count + 1) % every == 0
 
     def _backend_increment_gradient_accumulators(self, grads, acc_grads):
@@ -293,7 +294,6 @@ class _Tensors:
     """A bucket's tensors, in the lists that the kernel takes."""
 
     def __init__(self, bucket):
-        # Not `value`, which within a layer of mixed precision is a copy in another dtype.
         self.parameters = [v._value for v in bucket.variables]
         self.m = [moments.m._value for moments in bucket.moments]
         self.v = [moments.v._value for moments in bucket.moments]
