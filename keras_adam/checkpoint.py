@@ -111,8 +111,15 @@ def read(store, owner: str) -> list[Saved]:
                 "'crc32'. No state was loaded."
             )
         saved.append(s)
+    unmarked = [i for i, s in enumerate(saved) if not s.role]
+    if 0 < len(unmarked) < len(saved):
+        raise ValueError(
+            f"Optimizer '{owner}': in the saved state array '{unmarked[0]}' does not tell what it is, and others do, "
+            "so that it was put there later. To change an array on purpose, write into it, as in `array[...] = value` "
+            "of h5py, and remove its attribute 'crc32'. No state was loaded."
+        )
     other = _other_optimizer(store)
-    if other and not all(s.role for s in saved):
+    if other and unmarked:
         raise ValueError(
             f"Optimizer '{owner}': the saved state is that of '{other}', another kind of optimizer, whose arrays mean "
             "something else. No state was loaded."
@@ -144,7 +151,7 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
             )
         dtype = keras.backend.standardize_dtype(entry.variable.dtype)
         if not keras.backend.is_float_dtype(dtype):
-            whole_number(s, owner, entry.label, int(np.iinfo(dtype).max))
+            whole_number(s, owner, entry.label, dtype)
         elif not s.value.dtype.name.startswith(("float", "bfloat")):
             raise ValueError(
                 f"Optimizer '{owner}': {entry.label} is of dtype {dtype}, but the saved array is of dtype "
@@ -152,9 +159,9 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
             )
 
 
-def whole_number(s: Saved, owner: str, label: str, most: int) -> int:
-    """Return the count that an array holds; raise a ValueError if it holds none, or one above `most`."""
-    value = s.value
+def whole_number(s: Saved, owner: str, label: str, dtype: str) -> int:
+    """Return the count that an array holds; raise a ValueError if it holds none, or one that `dtype` does not have."""
+    value, most = s.value, int(np.iinfo(dtype).max)
     is_number = value.shape == () and value.dtype.name.startswith(("int", "uint", "float"))
     # As a whole number: beside a float of NumPy, `most` would be rounded up to one.
     number = int(value) if is_number and np.isfinite(value) else -1
@@ -211,15 +218,8 @@ def assign(pairs: list[tuple[Entry, Saved]]) -> None:
 
 def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
     """Pair by role and path; return nothing where the file does not tell them or they cannot serve."""
-    if not any(s.role for s in saved):
+    if not all(s.role for s in saved):
         return None
-    unmarked = [i for i, s in enumerate(saved) if not s.role]
-    if unmarked:
-        raise ValueError(
-            f"Optimizer '{owner}': in the saved state array '{unmarked[0]}' does not tell what it is, and others do, "
-            "so that it was put there later. To change an array on purpose, write into it, as in `array[...] = value` "
-            "of h5py, and remove its attribute 'crc32'. No state was loaded."
-        )
     ours = {e[:2] for e in entries}
     aligned = align((s.path for s in saved), (e.path for e in entries))
     if not any(aligned):  # a model rebuilt in the same session has other layer names

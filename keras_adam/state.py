@@ -512,9 +512,9 @@ class State(keras.optimizers.Optimizer):
         if checkpoint.is_beginning(saved):
             self._load_beginning(saved)
             return
-        most = int(np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max)
+        dtype = keras.backend.standardize_dtype(self._iterations.dtype)
         starts = {
-            s.role: checkpoint.whole_number(s, self.name, s.role, most)
+            s.role: checkpoint.whole_number(s, self.name, s.role, dtype)
             for s in saved
             if s.role.startswith("start")
         }
