@@ -12,6 +12,8 @@ from keras.optimizers.schedules import LearningRateSchedule
 # Anything a user may pass: a number, a scalar tensor, a schedule, or a callable without arguments.
 Hyperparameter = Any
 
+# The numbers that an update is computed with are float32, but beside variables of float64.
+_LARGEST = float(np.finfo(np.float32).max)
 _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "learning_rate": (">= 0 and finite", lambda x: x >= 0),
     "learning_rate_multiplier": (">= 0 and finite", lambda x: x >= 0),
@@ -22,7 +24,7 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "clipnorm": (">= 0 and finite", lambda x: x >= 0),
     "clipvalue": (">= 0 and finite", lambda x: x >= 0),
     "global_clipnorm": (">= 0 and finite", lambda x: x >= 0),
-    "loss_scale_factor": ("> 0 and finite", lambda x: x > 0),
+    "loss_scale_factor": ("> 0 and finite", lambda x: bool(np.float32(x) > 0)),
     "ema_momentum": ("in [0, 1]", lambda x: 0 <= x <= 1),
 }
 
@@ -51,6 +53,10 @@ def check_number(name: str, value: Any) -> float:
     rule, holds = _RULES[name]
     if not (math.isfinite(number) and holds(number)):
         raise ValueError(f"`{name}` must be {rule}. Received: {name}={value}")
+    if number > _LARGEST:
+        raise ValueError(
+            f"`{name}` must be at most {_LARGEST:.4g}, the largest number of float32. Received: {name}={value}"
+        )
     return number
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import keras
 
-from keras_adam import groups, hyperparameters, rule
+from keras_adam import groups, hyperparameters, rule, settings
 from keras_adam.backends import Backend
 from keras_adam.groups import DecayExclusions
+from keras_adam.settings import Setting
 from keras_adam.step import PortableAdam
 from keras_adam.torch_api import TorchVocabulary
 
@@ -30,6 +31,14 @@ class _OptionOfDefaultGroup(_OfDefaultGroup):
 
     def __get__(self, optimizer, owner=None):
         return self if optimizer is None else getattr(optimizer._default_group.options, self.name)
+
+
+class _SkipNonfinite(Setting):
+    """The option that needs a count of the steps that it skips."""
+
+    def __set__(self, optimizer, value):
+        super().__set__(optimizer, value)
+        optimizer._count_skipped_steps()
 
 
 @keras.saving.register_keras_serializable("keras_adam")
@@ -127,6 +136,19 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
     decoupled_weight_decay = _OptionOfDefaultGroup()
     epsilon_hat = _OptionOfDefaultGroup()
     maximize = _OptionOfDefaultGroup()
+    clipnorm = Setting(settings.limit)
+    clipvalue = Setting(settings.limit)
+    global_clipnorm = Setting(settings.limit)
+    use_ema = Setting(settings.one_of(True, False), makes_state=True)
+    ema_momentum = Setting(hyperparameters.check_number)
+    ema_overwrite_frequency = Setting(settings.count(1))
+    loss_scale_factor = Setting(settings.limit)
+    gradient_accumulation_steps = Setting(settings.count(2), makes_state=True)
+    state_dtype = Setting(settings.one_of(None, "float32", "bfloat16"), makes_state=True)
+    kahan_sum = Setting(settings.one_of(None, True, False), makes_state=True)
+    skip_nonfinite = _SkipNonfinite(settings.one_of(True, False))
+    lazy = Setting(settings.one_of(True, False))
+    shard_state = Setting(settings.one_of(True, False), makes_state=True)
 
     def __init__(
         self,
@@ -172,36 +194,32 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         self._init_groups(numeric, groups.check_options(rule.Options(), choices), param_groups)
         learning_rate = hyperparameters.check("learning_rate", learning_rate)
         dynamic = hyperparameters.is_dynamic(learning_rate)
+        # Checked here, as Keras's constructor has checks of its own, and once more where they are set.
+        of_keras = {
+            "clipnorm": clipnorm,
+            "clipvalue": clipvalue,
+            "global_clipnorm": global_clipnorm,
+            "use_ema": use_ema,
+            "ema_momentum": ema_momentum,
+            "ema_overwrite_frequency": ema_overwrite_frequency,
+            "loss_scale_factor": loss_scale_factor,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+        }
+        of_keras = {
+            key: getattr(type(self), key).check(key, value) for key, value in of_keras.items()
+        }
         super().__init__(
             learning_rate=learning_rate if dynamic else _unset_learning_rate,
             weight_decay=self.weight_decay,
-            clipnorm=_check_limit("clipnorm", clipnorm),
-            clipvalue=_check_limit("clipvalue", clipvalue),
-            global_clipnorm=_check_limit("global_clipnorm", global_clipnorm),
-            use_ema=hyperparameters.check_choice("use_ema", use_ema, (True, False)),
-            ema_momentum=hyperparameters.check_number("ema_momentum", ema_momentum),
-            ema_overwrite_frequency=hyperparameters.check_count(
-                "ema_overwrite_frequency", ema_overwrite_frequency, 1
-            ),
-            loss_scale_factor=_check_limit("loss_scale_factor", loss_scale_factor),
-            gradient_accumulation_steps=hyperparameters.check_count(
-                "gradient_accumulation_steps", gradient_accumulation_steps, 2
-            ),
             name=name,
+            **of_keras,
         )
-        self.state_dtype = hyperparameters.check_choice("state_dtype", state_dtype, _STATE_DTYPES)
-        self.kahan_sum = hyperparameters.check_choice("kahan_sum", kahan_sum, (None, True, False))
-        self.skip_nonfinite = hyperparameters.check_choice(
-            "skip_nonfinite", skip_nonfinite, (True, False)
-        )
-        self.skipped_steps = None  # until `build`
-        self.lazy = hyperparameters.check_choice("lazy", lazy, (True, False))
-        if self.lazy and gradient_accumulation_steps:
-            raise ValueError(
-                "`lazy` must be False with `gradient_accumulation_steps`: an accumulated gradient has all rows. "
-                f"Received: lazy=True, gradient_accumulation_steps={gradient_accumulation_steps}"
-            )
-        self.shard_state = hyperparameters.check_choice("shard_state", shard_state, (True, False))
+        self.state_dtype = state_dtype
+        self.kahan_sum = kahan_sum
+        self.lazy = lazy
+        self.shard_state = shard_state
+        self._skipped_steps = None  # until `build`
+        self.skip_nonfinite = skip_nonfinite
         if not dynamic:
             self.learning_rate = learning_rate
         self._decay_exclusions = DecayExclusions()
@@ -411,7 +429,6 @@ class AdamW(Adam):
         return super().with_torch_arguments(lr, betas, eps, weight_decay, amsgrad, **options)
 
 
-_STATE_DTYPES = (None, "float32", "bfloat16")
 # Those that Keras's Adam does not have, besides those of the rule.
 _OWN_OPTIONS = {
     "state_dtype": None,
@@ -446,7 +463,3 @@ def _deserialize(config: dict[str, Any], names, custom_objects) -> dict[str, Any
         else value
         for name, value in config.items()
     }
-
-
-def _check_limit(name: str, value) -> float | None:
-    return None if value is None else hyperparameters.check_number(name, value)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adam import checkpoint, groups
+from keras_adam import checkpoint, groups, seams
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
 from keras_adam.rule import Moments
@@ -64,7 +64,7 @@ class State(keras.optimizers.Optimizer):
     kahan_sum: bool | None
     skip_nonfinite: bool
     shard_state: bool
-    skipped_steps: Any
+    _skipped_steps: Any
     _in_step: list[Any]  # the variables of the present call of `apply`
     _slot_dtype: str | None  # of the state variable that is being made, if not its variable's
 
@@ -172,7 +172,10 @@ class State(keras.optimizers.Optimizer):
             ValueError: If a parameter group selects no variable, a variable stands twice or is not of a floating
                 dtype, or, in a later call, no group was added for a new variable.
         """
-        variables = list(variables)
+        with seams.without_autocast():
+            self._build(list(variables))
+
+    def _build(self, variables) -> None:
         if self.built and list(map(id, variables)) == list(map(id, self._trainable_variables)):
             return
         new = [v for v in variables if not self._is_known(v)]
@@ -232,10 +235,19 @@ class State(keras.optimizers.Optimizer):
                 if role in _ALWAYS or hasattr(self, attribute) or any(s is not None for s in slots):
                     self._extend_slots(attribute, slots)
         self._store_numbers()
-        if self.skip_nonfinite and self.skipped_steps is None:
-            self.skipped_steps = self.add_variable(
+        self._count_skipped_steps()
+
+    def _count_skipped_steps(self) -> None:
+        """Add the count of skipped steps, if steps may be skipped."""
+        if self.skip_nonfinite and self._known and self._skipped_steps is None:
+            self._skipped_steps = self.add_variable(
                 (), "zeros", dtype="int", aggregation="only_first_replica", name="skipped_steps"
             )
+
+    @property
+    def skipped_steps(self):
+        """The number of steps that `skip_nonfinite` skipped, a scalar variable; None before `build` and without it."""
+        return self._skipped_steps
 
     def _dtypes_of(self, variable, group: ParamGroup) -> dict[str, str]:
         """Return the dtype of each kind of state that a variable of the group has."""
@@ -406,8 +418,8 @@ class State(keras.optimizers.Optimizer):
             for i, slot in enumerate(self._slots(attribute)):
                 start = self._start_of[i] if role == "momentum" else None
                 described[id(slot)] = (role, path_of(self._known[i]), start)
-        if self.skipped_steps is not None:
-            described[id(self.skipped_steps)] = ("skipped_steps", "", None)
+        if self._skipped_steps is not None:
+            described[id(self._skipped_steps)] = ("skipped_steps", "", None)
         other = ("other", "", None)
         frozen = {path_of(v) for v in self._known if not v.trainable}
         return [
@@ -485,8 +497,8 @@ class State(keras.optimizers.Optimizer):
             for slot in self._slots(attribute):
                 if slot is not None:
                     slot.assign(ops.zeros(slot.shape, slot.dtype))
-        if self.skipped_steps is not None:
-            self.skipped_steps.assign(0)
+        if self._skipped_steps is not None:
+            self._skipped_steps.assign(0)
         self._set_starts(joined)
 
     def _load_pending(self) -> None:

@@ -19,6 +19,22 @@ from keras_adam.rows import Rows, map_values, values_of
 from keras_adam.state import HALF, State, check_given_once, compute_dtype, value_of
 
 _MOST_LISTS = 16  # of variables for which buckets are remembered
+# Keras's hooks that a step calls. One that a subclass has of its own must be called in each step.
+STEP_HOOKS = (
+    "_backend_apply_gradients",
+    "_backend_increment_gradient_accumulators",
+    "_backend_update_step",
+    "_clip_gradients",
+    "_filter_empty_gradients",
+    "_get_current_learning_rate",
+    "_overwrite_model_variables_with_average_value",
+    "_overwrite_variables_directly_with_gradients",
+    "_update_model_variables_moving_average",
+    "_use_weight_decay",
+    "assign",
+    "assign_sub",
+    "update_step",
+)
 
 
 @dataclasses.dataclass
@@ -64,22 +80,27 @@ class PortableAdam(State):
         grads = list(grads)
         if not grads:
             return
-        variables = self._variables_for(grads, trainable_variables)
-        if self._is_compiling():
-            self._traced, self._traced_rate = True, self._dynamic_rate()
-        with seams.without_autocast(), keras.name_scope(self.name, caller=self):
-            absent = [v for g, v in zip(grads, variables, strict=True) if g is None]
-            if absent:
-                grads, variables = self._filter_empty_gradients(grads, variables)
-            grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
-            is_done = True
-            if grads:
-                grads = self._densify_all(grads)
-                _check_shapes(grads, variables)
-                if self.loss_scale_factor is not None:
-                    grads = map_values(self._unscale, grads)
-                is_done = self._backend_apply_gradients(grads, variables, absent)
-        self._count(is_done)
+        with seams.without_autocast():
+            variables = self._variables_for(grads, trainable_variables)
+            if self._is_compiling():
+                self._traced, self._traced_rate = True, self._dynamic_rate()
+            with keras.name_scope(self.name, caller=self):
+                self._step(grads, variables)
+
+    def _step(self, grads, variables) -> None:
+        absent = [v for g, v in zip(grads, variables, strict=True) if g is None]
+        if absent:
+            grads, variables = self._filter_empty_gradients(grads, variables)
+        grads, variables = self._overwrite_variables_directly_with_gradients(grads, variables)
+        self.__dict__.update(_in_step=[*variables, *absent], _is_done=True)
+        if grads:
+            grads = self._densify_all(grads)
+            _check_shapes(grads, variables)
+            if self.loss_scale_factor is not None:
+                grads = map_values(self._unscale, grads)
+            self._backend_apply_gradients(grads, variables)
+        self._count(self._is_done)
+        self.__dict__["_is_done"] = True  # nothing of a traced step is held
 
     def stateless_apply(self, optimizer_variables, grads, trainable_variables):
         """Return new values of the trainable variables and of the optimizer's, given their values and the gradients.
@@ -143,7 +164,7 @@ class PortableAdam(State):
 
     def _densify_all(self, grads):
         """Return sparse gradients as dense ones, or as rows if only these are to be updated."""
-        if self.lazy and not self._overrides_update_step():
+        if self.lazy and not self._overrides_update():
             found = [(g, self._sparse_rows(g)) for g in grads]
             grads = [rows or self._densify(g) for g, rows in found]
             # Parts of a row are summed in float32: in bfloat16 a sum of ones stops at 256.
@@ -153,8 +174,7 @@ class PortableAdam(State):
     def _unscale(self, values):
         return [_widened(x) / self.loss_scale_factor for x in values]
 
-    def _backend_apply_gradients(self, grads, trainable_variables, absent=()):
-        self.__dict__["_in_step"] = [*trainable_variables, *absent]
+    def _backend_apply_gradients(self, grads, trainable_variables):
         grads = self._reduce(grads)
         if self.lazy:
             grads = [g.summed() if isinstance(g, Rows) else g for g in grads]
@@ -162,17 +182,16 @@ class PortableAdam(State):
         def act():
             self._begin_again()
             if self.gradient_accumulation_steps:
-                self._accumulate(grads, trainable_variables, absent)
+                self._accumulate(grads, trainable_variables)
             else:
                 self._update(self._clip_gradients(grads), trainable_variables)
                 self._update_averages()
 
         if not self.skip_nonfinite:
             act()
-            return True
-        is_finite = self._are_finite(values_of(grads))
+            return
+        self.__dict__["_is_done"] = is_finite = self._are_finite(values_of(grads))
         self._when(is_finite, act)
-        return is_finite
 
     def _begin_again(self) -> None:
         """Let all variables count from the beginning if the count was set back to before some of them joined."""
@@ -215,12 +234,13 @@ class PortableAdam(State):
     def _last_count(self) -> int:
         return int(np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max)
 
-    def _accumulate(self, grads, variables, absent) -> None:
+    def _accumulate(self, grads, variables) -> None:
         """Add the gradients to the accumulators; when enough micro-steps have come together, update from their mean.
 
         A variable without a gradient in the last micro-step is updated too if the earlier ones left it something.
         """
-        known = [*variables, *absent]
+        known = self._in_step
+        absent = known[len(variables) :]
         accumulators = [self._accumulated_gradients[self._get_variable_index(v)] for v in known]
         self._backend_increment_gradient_accumulators(grads, accumulators[: len(grads)])
         steps = self.gradient_accumulation_steps
@@ -291,18 +311,29 @@ class PortableAdam(State):
         self._portable_update_step(grads, trainable_variables, learning_rate)
 
     def _portable_update_step(self, grads, variables, learning_rate) -> None:
-        scalars = self._scalars(learning_rate)
+        is_own = self._overrides("update_step")
+        scalars = None if is_own else self._scalars(learning_rate)
         for gradient, variable in zip(grads, variables, strict=True):
-            self.update_step(gradient, variable, learning_rate, scalars)
+            if is_own:
+                self.update_step(gradient, variable, learning_rate)
+            else:
+                self._update_one(gradient, variable, scalars)
 
-    def update_step(self, gradient, variable, learning_rate, scalars=None) -> None:
-        """Update one variable and its moments; `scalars` are those of the whole step, where known."""
+    def update_step(self, gradient, variable, learning_rate) -> None:
+        """Update one variable and its moments; a subclass may override it, and call this one.
+
+        Args:
+            gradient: Tensor of the variable's shape.
+            variable: One of the variables that the optimizer was built with.
+            learning_rate: Number or scalar tensor; a group's own learning rate, where it has one, stands above it.
+        """
+        self._update_one(gradient, variable, self._scalars(learning_rate))
+
+    def _update_one(self, gradient, variable, scalars) -> None:
         index = self._get_variable_index(variable)
         group = self._group_of[index]
         dtype = compute_dtype(variable.dtype)
-        scalars = (scalars or self._scalars(learning_rate))(
-            group, self._start_of[index], dtype, self._use_weight_decay(variable)
-        )
+        scalars = scalars(group, self._start_of[index], dtype, self._use_weight_decay(variable))
         slots = self._moments_of(index)
         read, write = value_of, self.assign
         if isinstance(gradient, Rows):
@@ -312,7 +343,9 @@ class PortableAdam(State):
         p = self._read_parameter(variable, read)
         moments = rule.Moments(*(x if x is None else read(x, dtype) for x in slots))
         p, moments = rule.adam_step(ops.cast(gradient, dtype), p, moments, scalars, group.options)
-        self._write_parameter(variable, p, write)
+        # Keras's Adam changes a variable through `assign_sub`, which a subclass may have of its own.
+        change = self._assign_difference if self._overrides("assign_sub") else write
+        self._write_parameter(variable, p, write, change)
         for slot, value in zip(slots, moments, strict=True):
             if slot is not None:
                 kept = keras.backend.standardize_dtype(slot.dtype)
@@ -328,14 +361,17 @@ class PortableAdam(State):
             return value
         return rule.joined(value, read(lost, dtype), keras.backend.standardize_dtype(lost.dtype))
 
-    def _write_parameter(self, variable, value, write=None) -> None:
+    def _write_parameter(self, variable, value, write=None, change=None) -> None:
         """Assign a value of the dtype of the update, and keep what rounding takes from it."""
         write, lost = write or self.assign, self._compensation_of(variable)
         if lost is not None:
             dtype = keras.backend.standardize_dtype(lost.dtype)
             value, rest = rule.split(value, dtype, self._dither())
             write(lost, rest)
-        write(variable, value)
+        (change or write)(variable, value)
+
+    def _assign_difference(self, variable, value) -> None:
+        self.assign_sub(variable, value_of(variable, value.dtype) - value)
 
     def _compensation_of(self, variable):
         return self._slots("_compensations")[self._get_variable_index(variable)]
@@ -372,9 +408,17 @@ class PortableAdam(State):
         lost = [self._compensation_of(v) for v in chosen]
         return Bucket(group, start, dtype, decays, positions, chosen, moments, lost)
 
-    def _overrides_update_step(self) -> bool:
-        """Whether a subclass has an `update_step` of its own, which no fast path may pass over."""
-        return type(self).update_step is not PortableAdam.update_step
+    def _overrides(self, *hooks: str) -> bool:
+        """Whether a subclass, or this very optimizer, has one of the hooks of its own, which must be called."""
+        ours = next(c for c in type(self).__mro__ if c.__module__.startswith("keras_adam."))
+        return any(
+            name in self.__dict__ or getattr(type(self), name) is not getattr(ours, name)
+            for name in hooks
+        )
+
+    def _overrides_update(self) -> bool:
+        """Whether variables are to be updated one by one, through a hook that a subclass has of its own."""
+        return self._overrides("update_step", "assign", "assign_sub")
 
     def _device_of(self, variable):
         """Return what tells variables apart that one kernel cannot update together."""
@@ -411,7 +455,10 @@ class PortableAdam(State):
         self._update_model_variables_moving_average(self._trainable_variables)
         if self.ema_overwrite_frequency:
             due = self._is_due(self.iterations, self.ema_overwrite_frequency)
-            self._when(due, self._overwrite_with_averages)
+            # What was frozen since has no update from here either.
+            trained = [v for v in self._trainable_variables if v.trainable]
+            overwrite = self._overwrite_model_variables_with_average_value
+            self._when(due, functools.partial(overwrite, trained))
 
     def _update_model_variables_moving_average(self, trainable_variables) -> None:
         for variable, average, started in self._averages_of(trainable_variables):
@@ -422,12 +469,6 @@ class PortableAdam(State):
 
     def _has_started(self, start: int | None):
         return ops.not_equal(self.iterations, 0 if start is None else self._starts[start])
-
-    def _overwrite_with_averages(self) -> None:
-        # What was frozen since has no update from here either.
-        trained = [v for v in self._trainable_variables if v.trainable]
-        for variable, average, _ in self._averages_of(trained):
-            self._write_parameter(variable, ops.copy(value_of(average)))
 
     def finalize_variable_values(self, var_list) -> None:
         """End a training, as Keras's `fit` does: overwrite the variables with their averages, if there are any.
@@ -468,10 +509,10 @@ class PortableAdam(State):
     def _overwrite_model_variables_with_average_value(self, trainable_variables) -> None:
         self._check_variables_are_known(trainable_variables)
         for variable, average, started in self._averages_of(trainable_variables):
-            value = value_of(average, variable.dtype)
             # Before the first update there is no average. Never the average itself: on JAX the two would share one
             # buffer, which the next train step may not donate twice.
-            variable.assign(ops.where(started, value, value_of(variable)))
+            value = ops.where(started, value_of(average), self._read_parameter(variable))
+            self._write_parameter(variable, value)
 
     def _averages_of(self, variables):
         """Give variables with their averages, and whether there was an update before this one.

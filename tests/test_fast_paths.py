@@ -14,8 +14,8 @@ STEPS = 12
 class Portable(keras_adam.Adam):
     """An optimizer with an `update_step` of its own, which keeps every backend from its fast path."""
 
-    def update_step(self, *args):
-        super().update_step(*args)
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, learning_rate)
 
 
 OPTIONS = {

@@ -16,9 +16,12 @@ from keras_adam import hyperparameters, rule, seams
 from keras_adam.groups import NUMERIC
 from keras_adam.paths import path_of
 from keras_adam.rows import Rows
+from keras_adam.step import STEP_HOOKS
 
 _MOST_COMPILED = 16  # lists of variables for which an eager step is kept compiled
 _CONSTANTS = (
+    "lazy",
+    "skip_nonfinite",
     "clipnorm",
     "clipvalue",
     "global_clipnorm",
@@ -43,6 +46,10 @@ class Backend:
         super().__init__(*args, **kwargs)
 
     def apply(self, grads, trainable_variables=None):
+        with seams.without_autocast():
+            self._apply(grads, trainable_variables)
+
+    def _apply(self, grads, trainable_variables):
         # As one compiled call when called eagerly; operation by operation it would take a hundred times as long.
         # Nothing is donated: the caller may hold the arrays.
         grads = list(grads)
@@ -64,14 +71,11 @@ class Backend:
             self._compiled[key] = step, kept
         changing = self._changing(variables)
         traced = self._traced, self._traced_rate
-        # They are of the right shape and dtype, which `assign` would find out for each. A subclass may have its own.
-        is_own = type(self).assign is not Backend.assign
-        is_own = is_own or "assign" in self.__dict__
-        assign = self.assign if is_own or in_stateless_scope() else _assign
-        with seams.without_autocast():  # as in `super().apply`
-            values = self._compiled[key][0]([v.value for v in changing], grads)
-            for variable, value in zip(changing, values, strict=True):
-                assign(variable, value)
+        # They are of the right shape and dtype, which `assign` would find out for each.
+        assign = self.assign if in_stateless_scope() else _assign
+        values = self._compiled[key][0]([v.value for v in changing], grads)
+        for variable, value in zip(changing, values, strict=True):
+            assign(variable, value)
         # What was compiled here is compiled anew when a constant of it changes.
         self._traced, self._traced_rate = traced
         self.__dict__["_counted"] = self._iterations._value, self._counted[1] + 1
@@ -128,7 +132,8 @@ class Backend:
         asked = any(
             callable(x) and not isinstance(x, LearningRateSchedule) for x in hyperparameters
         )
-        return not (asked or self._overrides_update_step())
+        # A hook of a subclass is called in each step, not once for all of them.
+        return not (asked or self._overrides(*STEP_HOOKS))
 
     def _dynamic(self):
         """Return each number of each group that is a schedule, None in place of the others."""

@@ -26,7 +26,7 @@ class Backend:
     # TensorFlow's kernels: one pass over memory, in graphs and eagerly, where separate operations make many.
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        if self._overrides_update_step():
+        if self._overrides_update():
             self._portable_update_step(grads, trainable_variables, learning_rate)
             return
         scalars = self._scalars(learning_rate)
@@ -39,15 +39,15 @@ class Backend:
                 _kernel_step(bucket, [tf.cast(g, dtype) for g in chosen], now, self.assign)
             else:
                 for gradient, variable in zip(chosen, bucket.variables, strict=True):
-                    self.update_step(gradient, variable, learning_rate, scalars)
+                    self._update_one(gradient, variable, scalars)
 
-    def _backend_apply_gradients(self, grads, trainable_variables, absent=()):
+    def _backend_apply_gradients(self, grads, trainable_variables):
         if tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy():
             raise ValueError(
                 "`apply` must be called in a replica context, through `strategy.run(...)`, as only there "
                 "it is known which replica's gradients `grads` are."
             )
-        return super()._backend_apply_gradients(grads, trainable_variables, absent)
+        super()._backend_apply_gradients(grads, trainable_variables)
 
     def _reduce(self, grads):
         context = tf.distribute.get_replica_context()

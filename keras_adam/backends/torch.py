@@ -57,10 +57,7 @@ class Backend:
     def _may_fuse(self) -> bool:
         stateless = self._iterations.value is not self._iterations._value
         return not (
-            stateless
-            or None in _FUSED.values()
-            or self._overrides_update_step()
-            or self._is_compiling()
+            stateless or None in _FUSED.values() or self._overrides_update() or self._is_compiling()
         )
 
     def _can_fuse(self, bucket, grads) -> bool:
