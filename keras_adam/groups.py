@@ -1,5 +1,6 @@
 """Parameter groups: which hyperparameters hold for which variables."""
 
+import copy
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -59,7 +60,7 @@ class ParamGroup(Mapping):
     def __getitem__(self, name: str) -> Any:
         name = _PYTORCH_NAMES.get(name, name)
         if name == "params":
-            return list(self.variables)
+            return _Members(self.variables)
         if name == "betas":
             return self["beta_1"], self["beta_2"]
         if name in rule.Options._fields:
@@ -315,11 +316,62 @@ class ParamGroup(Mapping):
         return ops.convert_to_numpy(self.stored)
 
 
-class ParamGroups(list):
+class _ReadOnlyList(list):
+    """A list that shows what the optimizer has: a change to it would change nothing else, so it is refused."""
+
+    what = ""  # the expression that returned it
+
+    def refuse_change(self, *args, **kwargs):
+        """Raise, and say what to call instead."""
+        received = ", ".join(
+            [*map(_shown_change, args), *(f"{k}={_shown_change(v)}" for k, v in kwargs.items())]
+        )
+        raise TypeError(
+            f"`{self.what}` cannot be changed, as it only shows what the optimizer has. To add variables, call "
+            "`optimizer.add_param_group({'params': ...})`; groups and variables cannot be taken out or put in another "
+            "order; the numbers of a group can be set, as in `optimizer.param_groups[0]['learning_rate'] = 0.1`. "
+            f"Received: a change with ({received})"
+        )
+
+    append = extend = insert = pop = remove = clear = sort = reverse = refuse_change
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = refuse_change
+
+    def __reduce_ex__(self, protocol):
+        return type(self), (list(self),)
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(list(self), memo)
+
+
+class _Members(_ReadOnlyList):
+    what = "optimizer.param_groups[...]['params']"
+
+
+class ParamGroups(_ReadOnlyList):
     """A list of groups that is printed one a line."""
+
+    what = "optimizer.param_groups"
 
     def __repr__(self) -> str:
         return "[" + ",\n ".join(map(repr, self)) + "]"
+
+    def __deepcopy__(self, memo):
+        """Return plain dictionaries, with the variables themselves: a copy of a group would need its optimizer."""
+        return [_Snapshot(group) for group in self]
+
+
+class _Snapshot(dict):
+    """What a group held when it was copied; PyTorch's names serve too."""
+
+    def __init__(self, group: ParamGroup):
+        super().__init__({**group, "params": list(group.variables)})
+
+    def __missing__(self, name: str) -> Any:
+        if name == "betas":
+            return self["beta_1"], self["beta_2"]
+        if name in _PYTORCH_NAMES:
+            return self[_PYTORCH_NAMES[name]]
+        raise KeyError(name)
 
 
 def parse(optimizer, label: str, spec: Mapping[str, Any], default: ParamGroup) -> ParamGroup:
@@ -543,6 +595,12 @@ def _shown_item(item: Any) -> str:
     if _is_variable(item):
         return path_of(item)
     return f"layer {item.name}" if isinstance(item, keras.Layer) else hyperparameters.shown(item)
+
+
+def _shown_change(item: Any) -> str:
+    if isinstance(item, list | tuple):
+        return f"{type(item).__name__} of {len(item)}"
+    return path_of(item) if _is_variable(item) else hyperparameters.shown(item)
 
 
 def _is_variable(item: Any) -> bool:

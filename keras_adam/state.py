@@ -107,6 +107,10 @@ class State(keras.optimizers.Optimizer):
         """
         return groups.ParamGroups(self._groups)
 
+    @param_groups.setter
+    def param_groups(self, value):
+        self.param_groups.refuse_change(value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of variables, before or after `build`; in the middle of training, too.
 

@@ -1,5 +1,8 @@
 """Parameter groups: who is in which, what holds for them, what may be set while training."""
 
+import copy
+import operator
+
 import keras
 import numpy as np
 import pytest
@@ -662,3 +665,110 @@ def test_set_weights_brings_the_numbers_of_groups():
     told.set_weights(asking.variables)
     compiled_step(told, variables[1:])(np.array([0.1], "float32"))
     np.testing.assert_allclose(value_of(told._momentums[0]), [0.01], rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The list of groups only shows what there is
+
+
+def two_groups():
+    variables = [keras.Variable(np.ones(2, "float32"), name=name) for name in "ab"]
+    optimizer = keras_adam.Adam(0.5, param_groups=[{"params": "a", "lr": 0.25}])
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+def set_item(groups, index, value):
+    groups[index] = value
+
+
+def delete_item(groups, index):
+    del groups[index]
+
+
+CHANGES = {
+    "append": lambda groups: groups.append({"params": "c"}),
+    "extend": lambda groups: groups.extend([{"params": "c"}]),
+    "insert": lambda groups: groups.insert(0, {"params": "c"}),
+    "pop": lambda groups: groups.pop(),
+    "pop 0": lambda groups: groups.pop(0),
+    "remove": lambda groups: groups.remove(groups[0]),
+    "clear": lambda groups: groups.clear(),
+    "sort": lambda groups: groups.sort(key=len, reverse=True),
+    "reverse": lambda groups: groups.reverse(),
+    "[0] =": lambda groups: set_item(groups, 0, {"params": "c"}),
+    "[:] =": lambda groups: set_item(groups, slice(None), []),
+    "del [0]": lambda groups: delete_item(groups, 0),
+    "del [:]": lambda groups: delete_item(groups, slice(None)),
+    "+=": lambda groups: operator.iadd(groups, [{"params": "c"}]),
+    "*=": lambda groups: operator.imul(groups, 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("of", ["groups", "variables of a group"])
+def test_change_of_the_list_is_refused(of, change):
+    optimizer, _ = two_groups()
+    groups = optimizer.param_groups
+    before = list(groups)
+    changed = groups if of == "groups" else groups[0]["params"]
+    with pytest.raises(TypeError, match=r"`optimizer.param_groups.*`optimizer.add_param_group\("):
+        CHANGES[change](changed)
+    assert list(groups) == list(optimizer.param_groups) == before
+
+
+def test_assignment_of_the_list_is_refused():
+    optimizer, _ = two_groups()
+    for value in ([], optimizer.param_groups[:1]):
+        with pytest.raises(TypeError, match=r"`optimizer.add_param_group"):
+            optimizer.param_groups = value
+    with pytest.raises(TypeError, match=r"`optimizer.add_param_group.*Received: .*list of 1"):
+        optimizer.param_groups += [{"params": "c"}]
+    assert len(optimizer.param_groups) == 2
+
+
+def test_reading_of_the_list():
+    optimizer, (a, b) = two_groups()
+    groups = optimizer.param_groups
+    first, second = groups
+    assert isinstance(groups, list)
+    assert (len(groups), groups[0], groups[-1], groups[:1]) == (2, first, second, [first])
+    assert first in groups
+    assert (groups.index(second), groups.count(first)) == (1, 1)
+    assert list(reversed(groups)) == [second, first]
+    assert repr(groups) == f"[{first!r},\n {second!r}]"
+    assert groups == optimizer.param_groups == [first, second]
+    assert [*groups, None] == [first, second, None]
+    assert copy.copy(groups) == groups.copy() == groups
+    assert [list(g["params"]) for g in groups] == [[a], [b]]
+    groups[0]["lr"] = 0.125
+    groups[1].update({"beta_1": 0.5})
+    assert [g["lr"] for g in optimizer.param_groups] == [0.125, 0.5]
+    assert optimizer.beta_1 == 0.5
+    # What a user makes of it is the user's own.
+    own = sorted(groups, key=lambda g: g["lr"], reverse=True)
+    own.append(None)
+    assert own == [second, first, None]
+
+
+def test_deepcopy_of_the_list_is_a_snapshot():
+    """Of the numbers, as people take it to set them back; the variables are the same ones."""
+    optimizer, variables = two_groups()
+    saved = copy.deepcopy(optimizer.param_groups)
+    optimizer.param_groups[0]["lr"] = 0.125
+    optimizer.param_groups[1]["betas"] = (0.5, 0.75)
+    assert [g["lr"] for g in saved] == [g["learning_rate"] for g in saved] == [0.25, 0.5]
+    assert [g["betas"] for g in saved] == [(0.9, 0.999)] * 2
+    assert [g["eps"] for g in saved] == [1e-7] * 2
+    for kept, variable in zip(saved, variables, strict=True):
+        assert kept["params"][0] is variable
+    with pytest.raises(KeyError):
+        saved[0]["unknown"]
+    for group, kept in zip(optimizer.param_groups, saved, strict=True):
+        for name in ("lr", "betas"):
+            group[name] = kept[name]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.5]
+    assert optimizer.param_groups[1]["betas"] == (0.9, 0.999)
+    saved[0]["lr"] = 7.0
+    saved.append({"lr": 8.0})
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.5]
