@@ -29,6 +29,8 @@ _NOT_SET = -1.0  # stored for a learning rate that follows the optimizer's
 _ASKED = -2.0  # stored for a schedule or a callable, which is asked in each step
 _SHOWN = 3  # so many parts of a selector are printed
 _PYTORCH_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
+# What PyTorch's groups hold besides, at its own defaults: how a step is computed, not what it computes.
+_IMPLEMENTATION = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
 
 class ParamGroup(Mapping):
@@ -45,6 +47,7 @@ class ParamGroup(Mapping):
         self.selected: dict[str, Any] | None = None  # what it selected before it was saved
         self.stored: Any = None  # the optimizer's variable that holds the numbers, if it has one
         self.changes = 0  # how often a number was set
+        self.implementation: dict[str, Any] = {}  # PyTorch's choices of one, without effect here
         self._is_constant = (
             False  # whether the last compiled step made holds the numbers as its constants
         )
@@ -61,6 +64,9 @@ class ParamGroup(Mapping):
         name = _PYTORCH_NAMES.get(name, name)
         if name == "params":
             return _Members(self.variables)
+        if name in _IMPLEMENTATION:
+            others = self._optimizer._default_group.implementation
+            return {**_IMPLEMENTATION, **others, **self.implementation}[name]
         if name == "betas":
             return self["beta_1"], self["beta_2"]
         if name in rule.Options._fields:
@@ -77,6 +83,9 @@ class ParamGroup(Mapping):
             for beta, number in pair.items():  # both, before either is set
                 _check(beta, number)
             self.update(pair)
+            return
+        if name in _IMPLEMENTATION:
+            self.set_implementation({name: value})
             return
         if name not in NUMERIC:
             raise ValueError(
@@ -152,6 +161,18 @@ class ParamGroup(Mapping):
         return rate if factor == 1 else f"{rate} * {factor}"
 
     # For the optimizer
+
+    def set_implementation(self, choices: Mapping[str, Any]) -> None:
+        """Set some of PyTorch's choices of an implementation, checked beside the others."""
+        default = self._optimizer._default_group
+        check_implementation({**default.implementation, **self.implementation, **choices})
+        self.implementation |= check_implementation(choices)
+
+    def unusual_implementation(self) -> dict[str, Any]:
+        """Return the choices in which the group differs from the default group, or that one from PyTorch's defaults."""
+        default = self._optimizer._default_group
+        usual = _IMPLEMENTATION if self is default else default
+        return {name: self[name] for name in _IMPLEMENTATION if self[name] != usual[name]}
 
     def own(self, name: str) -> Any:
         """Return the group's own value of a numeric hyperparameter, as it was given."""
@@ -267,7 +288,7 @@ class ParamGroup(Mapping):
         for name, value in self.options._asdict().items():
             if value != getattr(default.options, name):
                 config[name] = value
-        return config
+        return config | self.unusual_implementation()
 
     def _selector_config(self):
         strings = [s for s in _flatten(self.selector) if isinstance(s, str)]
@@ -388,6 +409,7 @@ def parse(optimizer, label: str, spec: Mapping[str, Any], default: ParamGroup) -
         raise ValueError(f"`{label}` gives an option under two names. Received: {spec!r}")
     if "betas" in given:
         given["beta_1"], given["beta_2"] = check_pair(given.pop("betas"), label)
+    implementation = {name: given.pop(name) for name in _IMPLEMENTATION if name in given}
     known = ("params", *NUMERIC, *rule.Options._fields)
     for name in given:
         if name not in known:
@@ -408,6 +430,7 @@ def parse(optimizer, label: str, spec: Mapping[str, Any], default: ParamGroup) -
         choices = {k: v for k, v in given.items() if k in rule.Options._fields}
         options = check_options(default.options, choices)
         group = ParamGroup(optimizer, numeric, options, _check_selector(given["params"]))
+        group.set_implementation(implementation)
     except (TypeError, ValueError) as error:
         raise type(error)(f"In `{label}`: {error}") from None
     group.selected = selected
@@ -434,6 +457,26 @@ def check_options(default: rule.Options, choices: dict[str, Any]) -> rule.Option
             for name, value in choices.items()
         }
     )
+
+
+def check_implementation(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """Return PyTorch's choices of an implementation, checked; those that are not among them are left out."""
+    checked = {}
+    for name, default in _IMPLEMENTATION.items():
+        if name in choices:
+            allowed = (True, False) if default is False else (True, False, None)
+            checked[name] = hyperparameters.check_choice(name, choices[name], allowed)
+    if checked.get("differentiable"):
+        raise ValueError(
+            "`differentiable` must be False: a step writes to the variables, and nothing can be differentiated through "
+            "it; on JAX, `stateless_apply` can be. Received: differentiable=True"
+        )
+    if checked.get("foreach") and checked.get("fused"):
+        raise ValueError(
+            "`foreach` and `fused` must not both be True, as in PyTorch: leave one out; neither has an effect here. "
+            "Received: foreach=True, fused=True"
+        )
+    return checked
 
 
 def check_pair(betas: Any, label: str | None = None) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_adam import groups, hyperparameters, rule, settings
+from keras_adam import groups, habits, hyperparameters, rule, settings
 from keras_adam.backends import Backend
 from keras_adam.groups import DecayExclusions
 from keras_adam.settings import Setting
@@ -150,6 +150,8 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
     lazy = Setting(settings.one_of(True, False))
     shard_state = Setting(settings.one_of(True, False), makes_state=True)
 
+    @habits.variables_come_later
+    @habits.names_are_known
     def __init__(
         self,
         learning_rate: hyperparameters.Hyperparameter = 0.001,
@@ -347,6 +349,9 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             config["param_groups"] = described[:of]
             if described[of + 1 :]:
                 config["added_param_groups"] = described[of + 1 :]
+        implementation = self._default_group.unusual_implementation()
+        if implementation:
+            config["torch_implementation"] = implementation
         if self._decay_exclusions:
             config["exclude_from_weight_decay"] = self._decay_exclusions.get_config()
         return config
@@ -357,11 +362,13 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         config = _deserialize(config, groups.NUMERIC, custom_objects)
         exclusions = config.pop("exclude_from_weight_decay", None)
         added = config.pop("added_param_groups", [])
+        implementation = config.pop("torch_implementation", {})
         if config.get("param_groups"):
             config["param_groups"] = [
                 _deserialize(g, groups.NUMERIC, custom_objects) for g in config["param_groups"]
             ]
         optimizer = cls(**config)
+        optimizer._default_group.set_implementation(implementation)
         for spec in added:
             spec = _deserialize(spec, groups.NUMERIC, custom_objects)
             label = f"param_groups[{len(optimizer._groups)}]"
@@ -398,6 +405,7 @@ class AdamW(Adam):
         0.004
     """
 
+    @habits.variables_come_later
     def __init__(
         self,
         learning_rate=0.001,
@@ -418,6 +426,7 @@ class AdamW(Adam):
         )
 
     @classmethod
+    @habits.variables_come_later
     def with_torch_arguments(
         cls, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, amsgrad=False, **options
     ):

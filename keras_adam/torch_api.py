@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adam import hyperparameters, rule
-from keras_adam.groups import ParamGroup, check_pair
+from keras_adam import habits, hyperparameters, rule
+from keras_adam.groups import ParamGroup, check_implementation, check_pair
 from keras_adam.layouts import Layouts
 from keras_adam.paths import path_of
 from keras_adam.state import State
@@ -19,14 +19,29 @@ _MOMENTS = {
     "exp_avg_sq": "_velocities",
     "max_exp_avg_sq": "_velocity_hats",
 }
-# What PyTorch's groups hold besides, at its own defaults.
-_UNUSED = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
+_PYTORCH_NAMES = {"learning_rate": "lr", "beta_1": "betas", "beta_2": "betas", "epsilon": "eps"}
+_IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
 
 
 class TorchVocabulary(State):
     """Methods with the names of `torch.optim.Optimizer`'s."""
 
+    @property
+    def lr(self):
+        """Refuse the name of PyTorch and Keras 2, which would be set without effect."""
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute `lr`: write `learning_rate`, which can be read and set."
+        )
+
+    @lr.setter
+    def lr(self, value):
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute `lr`: write `optimizer.learning_rate = {value!r}`. "
+            f"Received: lr={value!r}"
+        )
+
     @classmethod
+    @habits.variables_come_later
     def with_torch_arguments(
         cls,
         lr=1e-3,
@@ -35,7 +50,11 @@ class TorchVocabulary(State):
         weight_decay=0,
         amsgrad=False,
         *,
+        foreach=None,
         maximize=False,
+        capturable=False,
+        differentiable=False,
+        fused=None,
         decoupled_weight_decay=False,
         param_groups=None,
         **keras_options,
@@ -48,14 +67,19 @@ class TorchVocabulary(State):
             eps: Epsilon of Algorithm 1, added after the bias correction. Defaults to `1e-8`.
             weight_decay: Strength of the weight decay. Defaults to `0`; of `AdamW`, to `0.01`.
             amsgrad: As in the constructor. Defaults to `False`.
+            foreach: PyTorch's choice of an implementation, as `capturable` and `fused` are: without effect here, and
+                written by `state_dict`, so that PyTorch goes on with it. Defaults to `None`.
             maximize: Whether to ascend. Defaults to `False`.
+            capturable: See `foreach`. Defaults to `False`.
+            differentiable: Must be `False`: nothing can be differentiated through a step. Defaults to `False`.
+            fused: See `foreach`; not both True. Defaults to `None`.
             decoupled_weight_decay: `False`: an L2 penalty, as `torch.optim.Adam`; `True`: as `torch.optim.AdamW`.
                 Defaults to `False`; of `AdamW`, to `True`.
             param_groups: As in the constructor. Defaults to `None`.
             **keras_options: Any other argument of the constructor, such as `clipnorm` or `use_ema`.
 
         Raises:
-            ValueError: If an argument is out of its range.
+            ValueError: If an argument is out of its range, `differentiable` is True, or `foreach` and `fused` are.
             TypeError: If an argument is unknown or of a kind that cannot serve.
 
         Examples:
@@ -64,7 +88,15 @@ class TorchVocabulary(State):
             1e-08
         """
         beta_1, beta_2 = check_pair(betas)
-        return cls(
+        choices = (foreach, capturable, differentiable, fused)
+        implementation = check_implementation(dict(zip(_IMPLEMENTATION, choices, strict=True)))
+        for name, instead in _PYTORCH_NAMES.items():
+            if name in keras_options:
+                raise TypeError(
+                    f"`with_torch_arguments` takes PyTorch's names: write `{instead}=` for `{name}`. "
+                    f"Received: {name}={keras_options[name]!r}"
+                )
+        optimizer = cls(
             learning_rate=lr,
             beta_1=beta_1,
             beta_2=beta_2,
@@ -77,6 +109,11 @@ class TorchVocabulary(State):
             param_groups=param_groups,
             **keras_options,
         )
+        for group in reversed(
+            optimizer._groups
+        ):  # the default group first, which the others follow
+            group.set_implementation(implementation if group is optimizer._default_group else {})
+        return optimizer
 
     # State
 
@@ -127,7 +164,7 @@ class TorchVocabulary(State):
                     "eps": group.number("epsilon"),
                     "weight_decay": group.number("weight_decay"),
                     **{name: group[name] for name in rule.Options._fields},
-                    **_UNUSED,
+                    **{name: group[name] for name in _IMPLEMENTATION},
                     "params": list(range(number, number + len(members))),
                 }
             )
@@ -171,6 +208,10 @@ class TorchVocabulary(State):
             steps[index], arrays = layouts.read_moments(self._known[index], moments, amsgrad)
             plan.append((index, arrays))
         changes = [self._check_torch_group(i, packed, state_dict) for i in range(len(packed))]
+        implementations = {
+            group: check_implementation({n: saved.get(n, group[n]) for n in _IMPLEMENTATION})
+            for (group, _), saved in zip(packed, state_dict["param_groups"], strict=True)
+        }
         last = max(steps, default=0)
         joined = [last - step for step in steps]
         self._check_starts(joined)
@@ -178,6 +219,8 @@ class TorchVocabulary(State):
         for (group, _), (options, numbers) in zip(packed, changes, strict=True):
             group.options = options
             group.update(numbers)
+        for group in sorted(implementations, key=lambda g: g is not self._default_group):
+            group.set_implementation(implementations[group])
         for index, arrays in plan:
             for name, attribute in _MOMENTS.items():
                 slot = self._slots(attribute)[index]

@@ -89,6 +89,233 @@ def test_betas_must_be_a_pair(betas):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# PyTorch's choices of an implementation
+
+IMPLEMENTATION = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
+CHOICES = [
+    {"foreach": True},
+    {"foreach": False, "fused": True},
+    {"fused": False, "capturable": True},
+]
+
+
+def test_implementation_has_pytorchs_defaults():
+    ours = inspect.signature(keras_adam.Adam.with_torch_arguments).parameters
+    theirs = torch.optim.Adam([torch.zeros(1)]).defaults
+    for name, default in IMPLEMENTATION.items():
+        assert ours[name].default is default is theirs[name]
+        assert ours[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("cls", [keras_adam.Adam, keras_adam.AdamW])
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_implementation_has_no_effect(rng, cls, choice):
+    starts, gradients = random_problem(rng, steps=3)
+    got = run(cls.with_torch_arguments(**choice), starts, gradients)
+    want = run(cls.with_torch_arguments(), starts, gradients)
+    for step, arrays in want.items():
+        for x, y in zip(got[step], arrays, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def grouped(choice, **options):
+    variables = [keras.Variable(np.zeros(2, "float32"), name=name) for name in "ab"]
+    optimizer = keras_adam.Adam.with_torch_arguments(
+        param_groups=[{"params": "a", **choice}], **options
+    )
+    optimizer.build(variables)
+    return optimizer
+
+
+def implementations(groups):
+    return [{name: group[name] for name in IMPLEMENTATION} for group in groups]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_implementation_of_a_group(choice):
+    optimizer = grouped(choice)
+    want = [IMPLEMENTATION | choice, IMPLEMENTATION]
+    assert implementations(optimizer.param_groups) == want
+    optimizer.add_param_group({"params": keras.Variable(np.zeros(2), name="c"), **choice})
+    want.append(want[0])
+    assert implementations(optimizer.state_dict()["param_groups"]) == want
+    again = keras_adam.Adam.from_config(optimizer.get_config())
+    assert implementations(again.param_groups) == want
+    optimizer.param_groups[1]["capturable"] = True  # as some do by hand
+    assert optimizer.param_groups[1]["capturable"] is True
+
+
+def test_group_follows_the_implementation_of_the_others():
+    optimizer = grouped({}, fused=True)
+    assert implementations(optimizer.param_groups) == [IMPLEMENTATION | {"fused": True}] * 2
+    optimizer = grouped({"fused": None}, fused=True)
+    again = keras_adam.Adam.from_config(optimizer.get_config())
+    assert [g["fused"] for g in again.param_groups] == [None, True]
+
+
+def refusals(choice):
+    """Ways to give the choice."""
+    return {
+        "argument": lambda: keras_adam.Adam.with_torch_arguments(**choice),
+        "AdamW": lambda: keras_adam.AdamW.with_torch_arguments(**choice),
+        "group": lambda: grouped(choice),
+        "added": lambda: keras_adam.Adam().add_param_group({"params": "a", **choice}),
+        "set": lambda: [grouped({}).param_groups[0].update({n: v}) for n, v in choice.items()],
+        "loaded": lambda: load(choice),
+    }
+
+
+def load(choice):
+    optimizer = grouped({})
+    saved = optimizer.state_dict()
+    saved["param_groups"][1] |= {"lr": 0.5, **choice}
+    try:
+        optimizer.load_state_dict(saved)
+    finally:
+        assert optimizer.param_groups[1]["lr"] == 1e-3  # nothing was assigned
+
+
+@pytest.mark.parametrize("way", refusals({}))
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"differentiable": True}, "`differentiable` must be False.*differentiable=True"),
+        ({"foreach": True, "fused": True}, "`foreach` and `fused`.*foreach=True, fused=True"),
+        ({"fused": "yes"}, "`fused` must be True or False or None.*fused='yes'"),
+        ({"capturable": None}, "`capturable` must be True or False. Received: capturable=None"),
+    ],
+    ids=["differentiable", "both", "fused", "capturable"],
+)
+def test_implementation_that_is_refused(way, choice, message):
+    if way == "set" and len(choice) > 1:
+        group = grouped({"foreach": True}).param_groups[0]
+        with pytest.raises(ValueError, match=message):
+            group["fused"] = True
+        assert group["fused"] is None
+        return
+    with pytest.raises(ValueError, match=message):
+        refusals(choice)[way]()
+
+
+def test_combination_is_refused_over_groups():
+    """The group would have both."""
+    with pytest.raises(ValueError, match="`foreach` and `fused`"):
+        grouped({"fused": True}, foreach=True)
+    assert grouped({"fused": True, "foreach": None}, foreach=True).param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_loaded_implementation_comes_back(choice):
+    """Where a state dict of an old PyTorch lacks a choice, ours stays."""
+    optimizer = grouped({}, capturable=True)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= IMPLEMENTATION | choice
+    del saved["param_groups"][1]["capturable"]
+    optimizer.load_state_dict(saved)
+    want = [IMPLEMENTATION | choice, IMPLEMENTATION | {"capturable": True}]
+    assert implementations(optimizer.state_dict()["param_groups"]) == want
+
+
+@pytest.mark.parametrize("choice", CHOICES[:2], ids=str)
+def test_run_of_pytorch_keeps_its_implementation(rng, choice):
+    """What PyTorch's run was goes through Keras and back; and then PyTorch takes a step with it."""
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    groups = [{"params": parameters[:1], **choice}, {"params": parameters[1:]}]
+    theirs = torch.optim.Adam(groups, lr=0.1)
+    variables = [keras.Variable(np.ones(3, "float32"), name=name) for name in "ab"]
+    optimizer = keras_adam.Adam.with_torch_arguments(param_groups=[{"params": "a"}])
+    optimizer.build(variables)
+
+    def step(optimizer, parameters, gradients):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+
+    gradients = rng.standard_normal((4, 2, 3)).astype("float32")
+    step(theirs, parameters, gradients[0])
+    optimizer.load_state_dict(theirs.state_dict())
+    for variable, parameter in zip(variables, parameters, strict=True):
+        variable.assign(parameter.detach().numpy())
+    optimizer.apply([ops.convert_to_tensor(g) for g in gradients[1]], variables)
+    step(theirs, parameters, gradients[1])
+
+    copies = [torch.nn.Parameter(torch.tensor(array(v))) for v in variables]
+    again = torch.optim.Adam([{"params": [p]} for p in copies])
+    again.load_state_dict(optimizer.state_dict())
+    assert implementations(again.param_groups) == implementations(theirs.param_groups)
+    for optimizer, some in ((theirs, parameters), (again, copies)):
+        step(optimizer, some, gradients[2])
+    for x, y in zip(copies, parameters, strict=True):
+        np.testing.assert_allclose(x.detach().numpy(), y.detach().numpy(), **STEP)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Habits: an error says what to write
+
+VARIABLES = [keras.Variable(np.zeros(2, "float32"), name=name) for name in "ab"]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((), {"lr": 0.1}, "NAME has no argument `lr`; write `learning_rate=`. Received: lr=0.1"),
+        ((), {"decay": 1e-4}, r"`decay`.*InverseTimeDecay\(.*decay_rate=decay.*decay=0.0001"),
+        ((), {"betas": (0.9, 0.99)}, "`betas`.*`beta_1=` and `beta_2=`.*NAME.with_torch_arguments"),
+        ((), {"eps": 1e-8}, "`eps`.*`epsilon=`.*`epsilon_hat=False`.*eps=1e-08"),
+        ((), {"fused": True}, "`fused`.*`NAME.with_torch_arguments`.*fused=True"),
+        ((), {"params": VARIABLES}, r"`params`.*NAME\(learning_rate=0.001\).*optimizer.build"),
+        ((), {"clip_norm": 1.0}, "`clip_norm`; did you mean `clipnorm`.*clip_norm=1.0"),
+        ((), {"zzz": 1.0}, "`zzz`; known are learning_rate, beta_1.*zzz=1.0"),
+        (
+            (VARIABLES,),
+            {"lr": 0.1},
+            r"first argument must be a learning rate.*NAME\(learning_rate=",
+        ),
+        ((VARIABLES, 0.1), {}, "first argument.*`model.compile.optimizer.`.*class list"),
+        ((VARIABLES,), {"learning_rate": 0.1}, "first argument must be a learning rate"),
+        ((iter(VARIABLES),), {}, "first argument must be a learning rate"),
+        (([{"params": VARIABLES}],), {"lr": 0.1}, "first argument must be a learning rate"),
+    ],
+)
+def test_what_to_write_instead(name, arguments, options, message):
+    with pytest.raises(TypeError, match=message.replace("NAME", name)):
+        getattr(keras_adam, name)(*arguments, **options)
+
+
+@pytest.mark.parametrize("cls", [keras_adam.Adam, keras_adam.AdamW])
+def test_variables_before_pytorchs_arguments(cls):
+    for options in ({}, {"lr": 0.1}):
+        with pytest.raises(TypeError, match=rf"{cls.__name__}.with_torch_arguments\(lr=.*build"):
+            cls.with_torch_arguments(VARIABLES, **options)
+    for name, instead in {"learning_rate": "lr", "beta_1": "betas", "epsilon": "eps"}.items():
+        with pytest.raises(TypeError, match=f"write `{instead}=` for `{name}`.*{name}=0.1"):
+            cls.with_torch_arguments(**{name: 0.1})
+
+
+def test_lr_is_no_attribute():
+    """Keras 2 had it; set without an error, it would do nothing."""
+    optimizer = keras_adam.Adam(0.5)
+    with pytest.raises(AttributeError, match=r"write `optimizer.learning_rate = 0.1`"):
+        optimizer.lr = 0.1
+    with pytest.raises(AttributeError, match="write `learning_rate`"):
+        optimizer.lr  # noqa: B018
+    assert not hasattr(optimizer, "lr")
+    assert float(optimizer.learning_rate) == 0.5
+
+
+def test_subclass_may_have_such_arguments():
+    class Mine(keras_adam.Adam):
+        def __init__(self, lr, decay=0.0):
+            super().__init__(learning_rate=lr / (1 + decay))
+
+    assert float(Mine(lr=0.5, decay=1.0).learning_rate) == 0.25
+    assert next(iter(inspect.signature(keras_adam.Adam).parameters)) == "learning_rate"
+    for rate in (np.float32(0.5), ops.convert_to_tensor(0.5), keras.Variable(0.5)):
+        assert float(keras_adam.Adam(rate).learning_rate) == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # minimize
 
 START = np.array([3.0, -1.0], "float32"), np.array([0.5, 2.0], "float32")
