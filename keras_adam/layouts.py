@@ -1,7 +1,7 @@
 """How PyTorch lays out the arrays that Keras's layers lay out another way."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ _GATES_IN_ANOTHER_ORDER = "gru_cell"
 class Layouts:
     """Conversions between both layouts, for the variables of one optimizer.
 
-    `convert` is a user's function `(variable, array) -> array`, or None for the default.
+    `convert` is a user's function `(variable, array) -> array`, or None for the default. `alike` are variables that
+    PyTorch has in their own layout, as parameters of a Keras model.
     """
 
-    def __init__(self, variables, convert: Callable | None):
+    def __init__(self, variables, convert: Callable | None, alike: Iterable[Any] = ()):
+        self._alike = {id(v) for v in alike}
         self._by_path: Mapping[str, Any] = {path_of(v): v for v in variables}
         self._convert = convert or (lambda variable, array: None)
 
@@ -113,6 +115,8 @@ class Layouts:
         *parents, name = path_of(variable).split("/")
         layer = parents[-1] if parents else ""
         rank = len(variable.shape)
+        if id(variable) in self._alike:
+            return "as it is"
         heads = layer in (*_INTO_HEADS, _OUT_OF_HEADS) or layer.startswith(_EINSUM)
         if layer.startswith(_GATES_IN_ANOTHER_ORDER):
             return "unknown"

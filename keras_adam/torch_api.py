@@ -1,13 +1,13 @@
 """PyTorch's vocabulary, for people who port: its argument names, its state format, its ways to step."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_adam import habits, hyperparameters, rule
+from keras_adam import habits, hyperparameters, rule, torch_names
 from keras_adam.groups import ParamGroup, check_implementation, check_pair
 from keras_adam.layouts import Layouts
 from keras_adam.paths import path_of
@@ -21,6 +21,7 @@ _MOMENTS = {
 }
 _PYTORCH_NAMES = {"learning_rate": "lr", "beta_1": "betas", "beta_2": "betas", "epsilon": "eps"}
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
+_SHOWN = 5  # so many names are printed
 
 
 class TorchVocabulary(State):
@@ -137,6 +138,9 @@ class TorchVocabulary(State):
             as_numpy: Whether to return NumPy arrays rather than PyTorch's tensors; without PyTorch there are no
                 others. Defaults to `False`.
 
+        Each group has `param_names`, as of an optimizer that was given `named_parameters()`: the variables' paths, by
+        which `load_state_dict` knows them again.
+
         PyTorch's `eps` is that of Algorithm 1: an optimizer with `epsilon_hat=True`, Keras's default, goes on there
         with an epsilon that differs while the bias correction lasts.
 
@@ -166,6 +170,7 @@ class TorchVocabulary(State):
                     **{name: group[name] for name in rule.Options._fields},
                     **{name: group[name] for name in _IMPLEMENTATION},
                     "params": list(range(number, number + len(members))),
+                    "param_names": [path_of(self._known[index]) for index in members],
                 }
             )
             for index in members:
@@ -180,6 +185,7 @@ class TorchVocabulary(State):
         state_dict: dict[str, Any],
         variables: Sequence[Any] | None = None,
         *,
+        mapping: Mapping[str, Any] | None = None,
         convert: Callable | None = None,
     ) -> None:
         """Take over the state and the hyperparameters of a `torch.optim.Adam` or `AdamW`; or of `state_dict`.
@@ -187,11 +193,22 @@ class TorchVocabulary(State):
         The optimizer must be built, with as many groups as the state dict has, each of as many variables. Arrays may be
         PyTorch's tensors or NumPy's. A learning-rate schedule stays; a number is replaced by `lr`.
 
+        The state dict of an optimizer that was given `named_parameters()` holds `param_names`. The names decide, and
+        not the order, if each name and each variable has its counterpart. A name means the path that is the same but
+        for separators, enclosing names and the last word: "weight" is a kernel, gamma, scale or embeddings, and "bias"
+        a bias or beta. So "encoder.layer.0.norm.weight" is "model/encoder/layer_0/norm/gamma".
+
+        Otherwise the order decides. A name that contradicts it is refused: one that means a variable at another
+        place; "weight" where the order has a bias; and, unless `variables` gives the order, "2.weight" before
+        "0.weight". A state dict without `param_names` goes by the order alone.
+
         Args:
             state_dict: What `torch.optim.Adam.state_dict()` returned, or what `torch.load(..., weights_only=True)`
                 read of it.
             variables: The variables, or their paths, in the order of PyTorch's parameters; all of them. Defaults to
                 the order in which the optimizer was built.
+            mapping: For names that cannot be told, or mean something else here: dictionary from PyTorch's name to the
+                variable or its path. Defaults to `None`.
             convert: Function `(variable, array) -> array` that brings PyTorch's array into the variable's layout, or
                 returns None for the default: kernels transposed or permuted, all else as it is. Defaults to `None`.
 
@@ -199,8 +216,14 @@ class TorchVocabulary(State):
             ValueError: If anything does not fit; the error names the first difference, and nothing is assigned.
         """
         packed = self._packed(variables)
-        parameters = _check_state_dict(state_dict, packed)
-        layouts = Layouts(self._known, convert)
+        _check_format(state_dict, len(packed))
+        packed = self._packed_by_name(
+            state_dict["param_groups"], packed, mapping, variables is None
+        )
+        parameters = _parameters(state_dict, packed)
+        names = dict(zip(parameters, _names_of(state_dict["param_groups"]), strict=False))
+        of_keras = [self._known[parameters[n]] for n in names if torch_names.of_keras(names[n])]
+        layouts = Layouts(self._known, convert, alike=of_keras)
         plan, steps = [], [0] * len(self._known)
         for number, index in parameters.items():
             moments = state_dict["state"].get(number)
@@ -237,12 +260,79 @@ class TorchVocabulary(State):
             raise ValueError(
                 "The optimizer has no state yet: call `optimizer.build(variables)` first."
             )
-        order = range(len(self._known)) if variables is None else self._indices(variables)
+        order = range(len(self._known)) if variables is None else self._order(variables)
         packed = [(g, [i for i in order if self._group_of[i] is g]) for g in self._groups]
         return [(group, members) for group, members in packed if members]
 
-    def _indices(self, variables) -> list[int]:
-        by_path = {path_of(v): i for i, v in enumerate(self._known)}
+    def _packed_by_name(
+        self, saved, packed, mapping, by_build: bool
+    ) -> list[tuple[ParamGroup, list[int]]]:
+        """Return the groups in the state dict's order, each with its variables, if names can tell; else `packed`.
+
+        `by_build`: the order in `packed` is that of `build`, and not one that the caller gave.
+        """
+        names = _names_of(saved)
+        given = self._check_mapping(mapping, names)
+        taken = set(given.values())
+        if not names:
+            return packed
+        paths = [path_of(v) for v in self._known]
+        order = [index for _, members in packed for index in members]
+        meant = {
+            position: index
+            for position, index in torch_names.meanings(names, paths).items()
+            if names[position] not in given and index not in taken
+        }
+        meant |= {i: given[name] for i, name in enumerate(names) if name in given}
+        if len(meant) == len(names) == len(paths):
+            if not by_build and [meant[i] for i in range(len(names))] != order:
+                _check_order(saved, paths, meant, order, by_build, renumbered=False)
+            return self._grouped_as(saved, names, meant)
+        if [len(group["params"]) for group in saved] == [len(members) for _, members in packed]:
+            _check_order(saved, paths, meant, order, by_build, renumbered=not given)
+        return packed
+
+    def _grouped_as(self, saved, names, meant) -> list[tuple[ParamGroup, list[int]]]:
+        """Return the groups in the state dict's order, each with its variables, as the names have them."""
+        packed, position = [], 0
+        for i, theirs in enumerate(saved):
+            members = [meant[position + k] for k in range(len(theirs["params"]))]
+            groups = {id(group): group for group in (self._group_of[index] for index in members)}
+            if len(groups) != 1:
+                raise ValueError(
+                    f"`param_groups[{i}]` of the state dict must hold the variables of one group of the optimizer. "
+                    f"Received: {_some(names[position : position + len(members)])}, of {len(groups)} groups"
+                )
+            packed.append((next(iter(groups.values())), members))
+            position += len(members)
+        return packed
+
+    def _check_mapping(self, mapping, names: list[str]) -> dict[str, int]:
+        """Return which variable each name of `mapping` means."""
+        mapping = {} if mapping is None else mapping
+        if not isinstance(mapping, Mapping):
+            raise TypeError(
+                "`mapping` must be a dictionary from names of PyTorch's parameters to variables or their paths. "
+                f"Received: mapping={mapping!r}"
+            )
+        values = self._indices(mapping.values(), "The values of `mapping`")
+        given = dict(zip(mapping, values, strict=True))
+        for name in given:
+            if names.count(name) != 1:
+                raise ValueError(
+                    "The keys of `mapping` must each stand once in the `param_names` of the state dict, which hold "
+                    f"{_some(names)}. Received: {name!r}"
+                )
+        if len(set(given.values())) < len(given):
+            raise ValueError(
+                f"`mapping` must give each name a variable of its own. Received: mapping={mapping!r}"
+            )
+        return given
+
+    def _indices(self, variables, argument: str) -> list[int]:
+        """Return the indices of some of the optimizer's variables, or of their paths."""
+        paths = [path_of(v) for v in self._known]
+        by_path = {path: i for i, path in enumerate(paths)}
         indices = []
         for variable in variables:
             if isinstance(variable, str):
@@ -251,8 +341,16 @@ class TorchVocabulary(State):
                 index = self._trainable_variables_indices.get(self._var_key(variable))
             if index is None:
                 name = variable if isinstance(variable, str) else path_of(variable)
-                raise ValueError(f"`variables` must be the optimizer's. Received: '{name}'")
+                raise ValueError(f"{argument} must be the optimizer's. Received: '{name}'")
+            if isinstance(variable, str) and paths.count(variable) > 1:
+                raise ValueError(
+                    f"{argument} must be variables where a path means several. Received: '{variable}'"
+                )
             indices.append(index)
+        return indices
+
+    def _order(self, variables) -> list[int]:
+        indices = self._indices(variables, "`variables`")
         if sorted(indices) != list(range(len(self._known))):
             missing = [path_of(v) for i, v in enumerate(self._known) if i not in indices]
             raise ValueError(
@@ -404,24 +502,28 @@ class TorchVocabulary(State):
         pass
 
 
-def _check_state_dict(state_dict, packed) -> dict[int, int]:
-    """Return which of our variables each of PyTorch's parameters is."""
+def _check_format(state_dict, groups: int) -> None:
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError(
             "`state_dict` must be a dictionary with 'state' and 'param_groups'. "
             f"Received: {sorted(state_dict) if isinstance(state_dict, dict) else state_dict!r}"
         )
     saved = state_dict["param_groups"]
-    if len(saved) != len(packed):
+    if len(saved) != groups:
         raise ValueError(
-            f"`state_dict` must have as many parameter groups as the optimizer has with variables, {len(packed)}. "
+            f"`state_dict` must have as many parameter groups as the optimizer has with variables, {groups}. "
             f"Received: {len(saved)}"
         )
-    parameters: dict[int, int] = {}
-    for i, ((_, members), group) in enumerate(zip(packed, saved, strict=True)):
+    for i, group in enumerate(saved):
         for name in ("lr", "betas", "eps", "weight_decay", "params"):
             if name not in group:
                 raise ValueError(f"`param_groups[{i}]` of the state dict lacks '{name}'.")
+
+
+def _parameters(state_dict, packed) -> dict[int, int]:
+    """Return which of our variables each of PyTorch's parameters is."""
+    parameters: dict[int, int] = {}
+    for i, ((_, members), group) in enumerate(zip(packed, state_dict["param_groups"], strict=True)):
         if len(group["params"]) != len(members):
             raise ValueError(
                 f"`param_groups[{i}]` of the state dict must have {len(members)} parameters, as the optimizer's. "
@@ -434,6 +536,77 @@ def _check_state_dict(state_dict, packed) -> dict[int, int]:
             f"`state_dict` has state of parameters that are in no group. Received: {sorted(unknown)}"
         )
     return parameters
+
+
+def _names_of(groups) -> list[str]:
+    """Return the `param_names` of all groups, one behind the other; none if there are none."""
+    names: list[str] = []
+    if not any("param_names" in group for group in groups):
+        return names
+    for i, group in enumerate(groups):
+        some = group.get("param_names", [])
+        if not isinstance(some, list | tuple) or not all(isinstance(name, str) for name in some):
+            raise ValueError(
+                f"`param_names` of `param_groups[{i}]` of the state dict must be a list of strings. "
+                f"Received: param_names={some!r}"
+            )
+        if len(some) != len(group["params"]):
+            raise ValueError(
+                f"`param_groups[{i}]` of the state dict must have a name for each of its {len(group['params'])} "
+                f"parameters. Received: {len(some)} in `param_names`"
+            )
+        names += some
+    return names
+
+
+def _check_order(saved, paths, meant, order, by_build: bool, renumbered: bool) -> None:
+    """Raise if the names contradict the order, which decides where not all names tell what they mean.
+
+    `meant` are the variables of those that do. An order that the caller gave, not `by_build`, is contradicted by
+    nothing that is only likely.
+    """
+    names = _names_of(saved)
+    in_order = [paths[index] for index in order]
+    likely = torch_names.renumbered(names, in_order) if renumbered else {}
+    if likely and all(i == j for i, j in likely.items()):
+        return
+    if by_build:
+        meant = {i: order[j] for i, j in likely.items()} | meant
+    for i, index in enumerate(order):
+        if meant.get(i, index) != index:
+            raise _contradiction(
+                names, meant, by_build, f"{names[i]!r} is '{paths[meant[i]]}'", in_order[i]
+            )
+        if i not in meant and torch_names.differ_in_kind(names[i], in_order[i]):
+            raise _contradiction(
+                names, meant, by_build, f"{names[i]!r} is of another kind", in_order[i]
+            )
+    position = 0
+    for group in saved if by_build else ():
+        end = position + len(group["params"])
+        down = torch_names.counted_down(names[i] for i in range(position, end) if i not in meant)
+        if down is not None:
+            raise _contradiction(
+                names, meant, by_build, f"{down[0]!r} stands before {down[1]!r}", None
+            )
+        position = end
+
+
+def _contradiction(names, meant, by_build: bool, what: str, path: str | None) -> ValueError:
+    unknown = [name for i, name in enumerate(names) if i not in meant]
+    where = "" if path is None else f", where the order of the variables has '{path}'"
+    ways = ["say what a name means in `mapping={name: variable or path}`"] * bool(unknown)
+    ways += ["give the right order in `variables`" if by_build else "leave `variables` out"]
+    ways += ["leave 'param_names' out to go by the order"]
+    return ValueError(
+        f"The names in the state dict contradict the order: {what}{where}. Names that could not be told: "
+        f"{_some(unknown)}. {'; or '.join(ways).capitalize()}. Received: param_names={_some(names)}"
+    )
+
+
+def _some(names) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(map(repr, names[:_SHOWN])) or "none") + more
 
 
 def _torch():
