@@ -539,12 +539,17 @@ def _parameters(state_dict, packed) -> dict[int, int]:
 
 
 def _names_of(groups) -> list[str]:
-    """Return the `param_names` of all groups, one behind the other; none if there are none."""
+    """Return the `param_names` of all groups, one behind the other; none if there are none.
+
+    Of `torch.distributed`'s state dicts, parameters bear names in the place of numbers.
+    """
     names: list[str] = []
-    if not any("param_names" in group for group in groups):
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    of_params = all(isinstance(parameter, str) for parameter in parameters)
+    if not of_params and not any("param_names" in group for group in groups):
         return names
     for i, group in enumerate(groups):
-        some = group.get("param_names", [])
+        some = group.get("param_names", group["params"] if of_params else [])
         if not isinstance(some, list | tuple) or not all(isinstance(name, str) for name in some):
             raise ValueError(
                 f"`param_names` of `param_groups[{i}]` of the state dict must be a list of strings. "

@@ -327,6 +327,23 @@ def test_own_state_dict_of_a_model_with_other_numbers():
     refused(turned, saving.state_dict(), "contradict the order")
 
 
+def test_names_in_the_place_of_numbers():
+    """As `torch.distributed.checkpoint` has them, of an optimizer that was not given names."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # takes seconds
+
+    net = Net()
+    parameters = dict(reversed(list(net.named_parameters())))
+    theirs = trained([parameters.items()])
+    plain = torch.optim.Adam(parameters.values())
+    plain.load_state_dict(theirs.state_dict())
+    del plain.param_groups[0]["param_names"]
+    saved = get_optimizer_state_dict(net, plain)
+    assert set(saved["state"]) == set(NET.values())
+    optimizer = built(named_model("first", "second"))
+    optimizer.load_state_dict(saved)
+    assert_each_has_its_own(optimizer, theirs)
+
+
 def test_equal_paths_go_by_the_order():
     variables = [keras.Variable(np.zeros(2, "float32"), name="v") for _ in range(2)]
     optimizer = built(variables)
