@@ -400,8 +400,16 @@ class State(keras.optimizers.Optimizer):
     def _unknown(self, variable) -> str:
         return (
             f"Unknown variable: '{path_of(variable)}'. This optimizer was built for {len(self._known)} other "
-            "variables. To train more variables with it, such as those of a layer that was unfrozen, call "
-            "`optimizer.add_param_group({'params': layer_or_variables})` first; the state of the others stays."
+            f"variables. {self._own_optimizer()} To train more variables with this one, such as those of a layer "
+            "that was unfrozen, call `optimizer.add_param_group({'params': layer_or_variables})` first; the state of "
+            "the others stays."
+        )
+
+    def _own_optimizer(self) -> str:
+        """Return the advice for who gives one optimizer to two models."""
+        return (
+            "If this is another model, give it an optimizer of its own: "
+            f"`{type(self).__name__}.from_config(optimizer.get_config())`."
         )
 
     # ---------------------------------------------------------------------------------------------------------------

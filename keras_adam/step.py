@@ -35,6 +35,7 @@ STEP_HOOKS = (
     "assign_sub",
     "update_step",
 )
+_EMPTIED = "If this comes from `fit`, Keras has emptied the model meanwhile: load its weights again"
 
 
 @dataclasses.dataclass
@@ -113,18 +114,23 @@ class PortableAdam(State):
         if self._known and len(trainable_variables) != len(self._trainable_variables):
             raise ValueError(
                 f"The optimizer was built for {len(self._trainable_variables)} variables. Received: "
-                f"{len(trainable_variables)} trainable variables. If layers were unfrozen since, call "
-                "`optimizer.add_param_group({'params': layer_or_variables})`; if layers were frozen, "
-                "`optimizer.build(model.trainable_variables)`; the state stays. If this comes from `fit`, Keras has "
-                "emptied the model meanwhile: load its weights again"
+                f"{len(trainable_variables)} trainable variables. {self._own_optimizer()} If layers were unfrozen "
+                "since, call `optimizer.add_param_group({'params': layer_or_variables})`; if layers were frozen, "
+                f"`optimizer.build(model.trainable_variables)`; the state stays. {_EMPTIED}"
             )
-        for variable in self._trainable_variables:
+        for variable, value in zip(self._trainable_variables, trainable_variables, strict=False):
             if not variable.trainable:
                 raise ValueError(
                     f"'{path_of(variable)}' is not trainable any more, so that it cannot be told which variables the "
-                    "values are of. Call `optimizer.build(model.trainable_variables)` after layers were frozen, and "
-                    "before it `optimizer.add_param_group({'params': layer_or_variables})` for those unfrozen; the "
-                    "state stays"
+                    f"values are of. {self._own_optimizer()} If layers of this one were frozen, call "
+                    "`optimizer.build(model.trainable_variables)`, and before it "
+                    "`optimizer.add_param_group({'params': layer_or_variables})` for those unfrozen; the state stays"
+                )
+            if tuple(value.shape) != tuple(variable.shape):
+                raise ValueError(
+                    "`trainable_variables` must be the values of the variables that the optimizer was built for, in "
+                    f"that order. {self._own_optimizer()} Received: a value of shape {tuple(value.shape)} for "
+                    f"'{path_of(variable)}', which has {tuple(variable.shape)}. {_EMPTIED}"
                 )
         # Only for this call: a group added since must still be met by the next `fit`, which builds.
         built, self.built = self.built, self.built or bool(self._known)

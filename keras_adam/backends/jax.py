@@ -212,7 +212,6 @@ class Backend:
         if self._traced and unknown is not None:
             raise ValueError(
                 "The steps just made used other variables' state: on JAX, Keras's trainer hands over values alone. "
-                "Give each model an optimizer of its own, made by `from_config(optimizer.get_config())`. "
                 f"{self._unknown(unknown)}"
             )
         same = {id(v) for v in theirs} == {id(v) for v in ours}
