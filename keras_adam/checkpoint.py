@@ -127,9 +127,52 @@ def read(store, owner: str) -> list[Saved]:
     return saved
 
 
-def match(saved: list[Saved], entries: list[Entry], owner: str) -> list[tuple[Entry, Saved]]:
-    """Pair the state with what was saved; raise a ValueError that names the first difference."""
-    pairs = _match_names(saved, entries, owner) or _match_positions(saved, entries, owner)
+def is_of_copy(store) -> bool:
+    """Whether the store is in a file of an optimizer without its model, as `copy.deepcopy` and `pickle` make it.
+
+    The optimizer is the root of the file, or it is within a `LossScaleOptimizer` that is the root.
+    """
+    file = getattr(getattr(store, "_h5_entry_group", None), "file", None)
+    return file is not None and set(file) <= {"vars", "inner_optimizer"}
+
+
+def first_other(saved: list[Saved], wanted: list[tuple[str, tuple[int, ...], bool]]) -> str:
+    """Return the first thing in the state that is not that of the wanted variables; "" if there is none.
+
+    Args:
+        saved: The state; that of a variable that was frozen when it was saved may be left over.
+        wanted: Path and shape of each variable, and whether it must have state.
+    """
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for path, shape, _ in wanted:
+        shapes.setdefault(path, []).append(shape)
+    aligned = align((s.path for s in saved), shapes)
+    for s in saved:
+        if s.path not in aligned:
+            if s.path and not s.frozen:
+                return f"{s.label}, which is not one of them"
+            continue
+        path = aligned[s.path]
+        if s.value.shape not in shapes[path]:
+            return f"{s.label} in shape {s.value.shape}, but '{path}' has {shapes[path][0]}"
+    have = set(aligned.values())
+    lacking = next((path for path, _, must in wanted if must and path not in have), None)
+    return "" if lacking is None else f"none of '{lacking}'"
+
+
+def is_unused(saved: list[Saved]) -> bool:
+    """Whether no step was made: the count of iterations and all that is kept of a variable is zero."""
+    return not any(s.value.any() for s in saved if s.path or s.role == "iteration")
+
+
+def match(
+    saved: list[Saved], entries: list[Entry], owner: str, by_name: bool = False
+) -> list[tuple[Entry, Saved]]:
+    """Pair the state with what was saved; raise a ValueError that names the first difference.
+
+    With `by_name` names decide even if they are numbered ones, which in another session tell the order of creation.
+    """
+    pairs = _match_names(saved, entries, owner, by_name) or _match_positions(saved, entries, owner)
     check(pairs, owner)
     # What rounding took in another dtype is kept at another scale, and the variable itself has been rounded anew.
     return [
@@ -216,7 +259,7 @@ def assign(pairs: list[tuple[Entry, Saved]]) -> None:
         entry.variable.assign(s.value.astype(dtype) if whole else s.value)
 
 
-def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
+def _match_names(saved: list[Saved], entries: list[Entry], owner: str, by_name: bool):
     """Pair by role and path; return nothing where the file does not tell them or they cannot serve."""
     if not all(s.role for s in saved):
         return None
@@ -229,9 +272,8 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str):
                 "its paths is known here, so that which is which cannot be told. No state was loaded."
             )
         return None
-    if _are_alike(saved, entries) and [aligned.get(s.path) for s in saved] != [
-        e.path for e in entries
-    ]:
+    in_order = [aligned.get(s.path) for s in saved] == [e.path for e in entries]
+    if not (in_order or by_name) and _are_alike(saved, entries):
         if {aligned.get(s.path) for s in saved} == {e.path for e in entries}:
             raise ValueError(
                 f"Optimizer '{owner}': by name the saved state is in another order than by position, and the names are "

@@ -52,6 +52,7 @@ class State(keras.optimizers.Optimizer):
     _starts: list[Any]
     _pending_groups: list[ParamGroup]
     _pending_state: list[checkpoint.Saved] | None
+    _pending_is_copy: bool  # whether that came with this optimizer, which is a copy
     _pending_changes: dict[ParamGroup, int]
     _before_pending: list[Any]  # values of what there was without variables
     _traced: bool
@@ -80,6 +81,7 @@ class State(keras.optimizers.Optimizer):
             _start_of=[],
             _starts=[],
             _pending_state=None,
+            _pending_is_copy=False,
             _before_pending=[],
             _pending_changes={},  # how often each group's numbers were set when that was loaded
             _bucket_cache={},
@@ -184,6 +186,8 @@ class State(keras.optimizers.Optimizer):
             return
         new = [v for v in variables if not self._is_known(v)]
         _check_trainable(variables)
+        if self._pending_is_copy:
+            self._check_copied_state(variables)
         if self._known:
             self._build_more(new)
         else:
@@ -194,6 +198,24 @@ class State(keras.optimizers.Optimizer):
         if self._pending_state is not None:
             with self._outside_graph():
                 self._load_pending()
+
+    def _check_copied_state(self, variables) -> None:
+        """Raise a ValueError if this is a copy with other variables' state; an unused one becomes as good as new."""
+        saved = self._pending_state or []
+        wanted = [
+            (path_of(v), tuple(v.shape), not self._overwrite_variable_with_gradient(v))
+            for v in variables
+        ]
+        other = checkpoint.first_other(saved, wanted)
+        if other and not checkpoint.is_unused(saved):
+            raise ValueError(
+                f"Optimizer '{self.name}' is a copy, made by `copy.deepcopy`, `pickle` or the like, and holds the "
+                "state of its original's variables: it must be built for these, which it knows by path and shape. "
+                f"{self._own_optimizer()} Received: {len(variables)} variables, the first are "
+                f"{[path for path, _, _ in wanted[:2]]}; the state holds {other}"
+            )
+        if other:
+            self.__dict__.update(_pending_state=None, _pending_is_copy=False)
 
     def _selecting_groups(self) -> list[ParamGroup]:
         return [g for g in self._groups if g is not self._default_group]
@@ -487,6 +509,9 @@ class State(keras.optimizers.Optimizer):
                 self.__dict__["_before_pending"] = before
             pending = None if checkpoint.is_beginning(saved) else saved
             self.__dict__["_pending_state"] = pending
+            # Where no paths are told, as in a file of Keras's Adam, order must do.
+            is_copy = any(s.path for s in saved) and checkpoint.is_of_copy(store)
+            self.__dict__["_pending_is_copy"] = is_copy
             self.__dict__["_pending_changes"] = {g: g.changes for g in self._groups}
 
     def _load_scalars(self, saved: list[checkpoint.Saved]) -> None:
@@ -516,12 +541,13 @@ class State(keras.optimizers.Optimizer):
     def _load_pending(self) -> None:
         """Assign what was loaded before the optimizer was built, but for numbers that were set since."""
         saved, self.__dict__["_pending_state"] = self._pending_state or [], None
+        is_copy, self.__dict__["_pending_is_copy"] = self._pending_is_copy, False
         changes = self._pending_changes
         set_since = {g: g.current_numbers() for g in self._groups if g.changes != changes.get(g)}
         rate = self._learning_rate
         rate = ops.copy(rate) if isinstance(rate, keras.Variable) else None
         try:
-            self._load(saved)
+            self._load(saved, by_name=is_copy)
         except ValueError as error:
             for variable, value in zip(self.variables, self._before_pending, strict=False):
                 variable.assign(value)
@@ -531,7 +557,7 @@ class State(keras.optimizers.Optimizer):
         for group, numbers in set_since.items():
             group.store_numbers(numbers)
 
-    def _load(self, saved: list[checkpoint.Saved]) -> None:
+    def _load(self, saved: list[checkpoint.Saved], by_name: bool = False) -> None:
         """Assign what was saved; when each variable joined is told by the marks on the momenta."""
         if checkpoint.is_beginning(saved):
             self._load_beginning(saved)
@@ -556,7 +582,7 @@ class State(keras.optimizers.Optimizer):
             # A store that tells no roles, which only HDF5 does, holds them if it holds as many arrays as there are.
             if any(s.role for s in saved) or len(saved) <= len(without):
                 entries = without
-        pairs = checkpoint.match(saved, entries, self.name)
+        pairs = checkpoint.match(saved, entries, self.name, by_name)
         joined_late = {}
         for entry, s in pairs:
             if not s.start:
