@@ -5,6 +5,7 @@ from keras_adam import seams
 seams.check()  # before what relies on them is imported
 
 from keras_adam.optimizer import Adam, AdamW  # noqa: E402
+from keras_adam.state_tree import check_state_tree  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Adam", "AdamW", "__version__"]
+__all__ = ["Adam", "AdamW", "__version__", "check_state_tree"]
