@@ -99,7 +99,8 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         lazy: Whether a sparse gradient (TensorFlow's `IndexedSlices`, as an embedding has it; JAX's `BCOO`; PyTorch's
             sparse tensors) updates only the rows that it touches, as `torch.optim.SparseAdam` does: the moments of the
             others do not decay, and weight decay leaves them alone. Not with `gradient_accumulation_steps`. Defaults
-            to `False`: the result is that of the dense gradient.
+            to `False`: the result is that of the dense gradient. A negative index means what it means in the backend's
+            dense gradient, with `lazy` and without: TensorFlow leaves the row out, JAX counts from the end.
         shard_state: Whether, on JAX under a `keras.distribution`, each data-parallel device keeps its part of the state
             (moments, averages, accumulators, compensations) and makes its part of the update (ZeRO, stage 1): the first
             axis that the number of devices divides is split, and a variable without such an axis has its state

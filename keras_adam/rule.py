@@ -159,8 +159,8 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
     if dtype == "float16":
         small = x / _SMALLEST
         small = ops.round(small) if dither is None else ops.floor(small + dither)
-        result = ops.where(ops.absolute(x) < 2.0**-14, small * _SMALLEST, result)
-    return ops.where(ops.isnan(x), x, result)  # the addition may have carried a NaN into the sign
+        result = where(ops.absolute(x) < 2.0**-14, small * _SMALLEST, result)
+    return where(ops.isnan(x), x, result)  # the addition may have carried a NaN into the sign
 
 
 def dither(t: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def joined(p: Tensor, lost: Tensor, dtype: str) -> Tensor:
     """
     lost = lost / _MAGNIFIED[dtype]
     fits = rounded(p + 0.99 * lost, dtype) == p
-    return ops.where(fits, p + lost, p)
+    return where(fits, p + lost, p)
 
 
 def split(p: Tensor, dtype: str, dither: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,16 +187,32 @@ def split(p: Tensor, dtype: str, dither: Tensor) -> tuple[Tensor, Tensor]:
     return kept, rounded((p - kept) * _MAGNIFIED[dtype], dtype, dither)
 
 
+def where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Return `ops.where` of two tensors of one shape, and a condition of that shape or a scalar, of any number of axes.
+
+    TensorFlow's own takes eight axes at most.
+    """
+    shape = one.shape
+    if len(shape) <= 8:
+        return ops.where(condition, one, other)
+    condition, one, other = (_flat(x) for x in (condition, one, other))
+    return ops.reshape(ops.where(condition, one, other), shape)
+
+
 def maximum(old: Tensor, new: Tensor) -> Tensor:
     """Return the greater, or a NaN in `new`; `ops.maximum` makes float32 of float64 on PyTorch."""
-    return ops.where(old > new, old, new)
+    return where(old > new, old, new)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return ops.reshape(x, (-1,)) if getattr(x, "shape", ()) else x
 
 
 def _average(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
     """Move `old` towards `new` by `rate` of the distance, from the nearer end: with beta = 0 the result is `new`."""
     if isinstance(rate, int | float):
         return new - complement(rate) * (new - old) if rate > 0.5 else old + rate * (new - old)
-    return ops.where(rate > 0.5, new - complement(rate) * (new - old), old + rate * (new - old))
+    return where(rate > 0.5, new - complement(rate) * (new - old), old + rate * (new - old))
 
 
 def _scalar(x: Tensor, dtype: str) -> Tensor:

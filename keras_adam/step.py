@@ -96,7 +96,7 @@ class PortableAdam(State):
         self.__dict__.update(_in_step=[*variables, *absent], _is_done=True)
         if grads:
             grads = self._densify_all(grads)
-            _check_shapes(grads, variables)
+            grads = self._of_their_shapes(grads, variables)
             if self.loss_scale_factor is not None:
                 grads = map_values(self._unscale, grads)
             self._backend_apply_gradients(grads, variables)
@@ -176,6 +176,12 @@ class PortableAdam(State):
             # Parts of a row are summed in float32: in bfloat16 a sum of ones stops at 256.
             return map_values(lambda values: [_widened(x) for x in values], grads)
         return [self._densify(g) for g in grads]
+
+    def _of_their_shapes(self, grads, variables):
+        """Return the gradients, each of its variable's shape."""
+        if [g.shape for g in grads] == [v.shape for v in variables]:
+            return grads
+        return [self._of_its_shape(g, v) for g, v in zip(grads, variables, strict=True)]
 
     def _unscale(self, values):
         return [_widened(x) / self.loss_scale_factor for x in values]
@@ -517,7 +523,7 @@ class PortableAdam(State):
         for variable, average, started in self._averages_of(trainable_variables):
             # Before the first update there is no average. Never the average itself: on JAX the two would share one
             # buffer, which the next train step may not donate twice.
-            value = ops.where(started, value_of(average), self._read_parameter(variable))
+            value = rule.where(started, value_of(average), self._read_parameter(variable))
             self._write_parameter(variable, value)
 
     def _averages_of(self, variables):
@@ -541,6 +547,15 @@ class PortableAdam(State):
     def _densify(self, gradient):
         """Return a sparse gradient as a dense one, the values of a repeated index summed."""
         return ops.convert_to_tensor(gradient, sparse=False)
+
+    def _of_its_shape(self, gradient, variable):
+        """Return the gradient, or raise a ValueError if its shape is not its variable's."""
+        if gradient.shape != variable.shape:
+            raise ValueError(
+                f"Each gradient must have its variable's shape, which for '{path_of(variable)}' is "
+                f"{tuple(variable.shape)}. Received: a gradient of shape {tuple(gradient.shape)}"
+            )
+        return gradient
 
     def _sparse_rows(self, gradient) -> Rows | None:
         """Return the rows of a gradient of the backend's own sparse kind, or None if it is of another."""
@@ -579,15 +594,3 @@ def _norm(values):
 def _scaled_to_norm(values, norm, limit):
     limit = ops.convert_to_tensor(limit, norm.dtype)
     return values * ops.cast(limit / rule.maximum(limit, norm), values.dtype)
-
-
-def _check_shapes(grads, variables) -> None:
-    if [g.shape for g in grads] == [v.shape for v in variables]:
-        return
-    for gradient, variable in zip(grads, variables, strict=True):
-        shape = tuple(gradient.shape)
-        if shape != tuple(variable.shape) and None not in shape:
-            raise ValueError(
-                f"Each gradient must have its variable's shape, which for '{path_of(variable)}' is "
-                f"{tuple(variable.shape)}. Received: a gradient of shape {shape}"
-            )

@@ -66,21 +66,43 @@ class Backend:
     def _sparse_rows(self, gradient):
         if not isinstance(gradient, tf.IndexedSlices):
             return None
-        rows = gradient.shape[0] if gradient.dense_shape is not None else None
-        return Rows((rows, *gradient.values.shape[1:]), gradient.indices, gradient.values)
+        values, indices, dense_shape = _tensors_of(gradient)
+        if indices.shape.rank != 1:
+            indices = tf.ensure_shape(indices, [None])
+        rows = None
+        if dense_shape is not None:
+            known = tf.get_static_value(dense_shape, partial=True)
+            rows = None if known is None else known[0]
+        # A row of a negative index counts for nothing, as where a dense gradient is made of them.
+        values = tf.raw_ops.Select(condition=indices >= 0, x=values, y=tf.zeros_like(values))
+        shape = tf.TensorShape([rows]).concatenate(values.shape[1:])
+        return Rows(shape, indices, values)
 
     def _take_rows(self, indices, variable, dtype):
         variable = _component(variable)
         rows = tf.raw_ops.ResourceGather(
-            resource=variable.handle, indices=indices, dtype=variable.dtype
+            resource=variable.handle, indices=tf.maximum(indices, 0), dtype=variable.dtype
         )
         return tf.cast(rows, dtype)
 
     def _put_rows(self, indices, variable, rows):
         variable = _component(variable)
-        tf.raw_ops.ResourceScatterUpdate(
-            resource=variable.handle, indices=indices, updates=tf.cast(rows, variable.dtype)
+        tf.raw_ops.ResourceScatterNdUpdate(
+            ref=variable.handle,
+            indices=indices[:, None],
+            updates=tf.cast(rows, variable.dtype),
+            bad_indices_policy="IGNORE",  # those that are negative; `_take_rows` refuses what is beyond the last row
         )
+
+    def _of_its_shape(self, gradient, variable):
+        # What a graph does not know is checked when it runs. An optimizer of Keras goes on without a check.
+        shape = tf.TensorShape(variable.shape)
+        if not shape.is_compatible_with(gradient.shape):
+            return super()._of_its_shape(gradient, variable)
+        if isinstance(gradient, Rows):
+            values = tf.ensure_shape(gradient.values, [None, *shape[1:]])
+            return gradient._replace(shape=shape, values=values)
+        return tf.ensure_shape(gradient, shape)
 
     def _outside_graph(self):
         return tf.init_scope()
@@ -91,14 +113,17 @@ class Backend:
     def _densify(self, gradient):
         # TensorFlow sums the rows of an id that stands twice, which squaring the slices first would not.
         if isinstance(gradient, tf.IndexedSlices):
-            values = gradient.values
+            values, indices, dense_shape = _tensors_of(gradient)
             if values.dtype.size < 4:  # in bfloat16 a sum of ones stops at 256
                 values = tf.cast(values, tf.float32)
-            return tf.convert_to_tensor(
-                tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-            )
+            return tf.convert_to_tensor(tf.IndexedSlices(values, indices, dense_shape))
         if isinstance(gradient, tf.SparseTensor):
             return tf.sparse.to_dense(tf.sparse.reorder(gradient))
+        if isinstance(gradient, tf.RaggedTensor):
+            raise TypeError(
+                "A gradient must be a tensor, `tf.IndexedSlices` or `tf.SparseTensor`; `gradient.to_tensor()` makes "
+                f"a tensor of it. Received: a RaggedTensor of shape {gradient.shape}"
+            )
         return gradient
 
     def _differentiate(self, loss_fn, variables):
@@ -115,6 +140,17 @@ class Backend:
             return tf.no_op()
 
         tf.cond(condition, run, tf.no_op)
+
+
+def _tensors_of(slices: tf.IndexedSlices):
+    """Return values, indices and dense shape as tensors, which lists, arrays and a `TensorShape` serve for."""
+    indices = tf.convert_to_tensor(slices.indices, dtype_hint=tf.int32)
+    if indices.dtype not in (tf.int32, tf.int64):
+        indices = tf.cast(indices, tf.int64)
+    shape = slices.dense_shape
+    if shape is not None:
+        shape = tf.convert_to_tensor(shape)
+    return tf.convert_to_tensor(slices.values), indices, shape
 
 
 def _component(variable):
