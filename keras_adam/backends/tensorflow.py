@@ -1,6 +1,7 @@
 """What TensorFlow does its own way: variables with one component per replica, and branches inside a graph."""
 
 import functools
+import json
 from collections.abc import Callable
 
 import keras
@@ -18,6 +19,14 @@ class Backend:
     the replicas. Here the gradients are summed first; from then on every replica holds the same numbers, so each
     updates its own component of every variable and nothing needs to be merged.
     """
+
+    def __init__(self, *args, **kwargs):
+        self.__dict__["_joined"] = _Joined(self)
+        super().__init__(*args, **kwargs)
+
+    def build(self, variables):
+        super().build(variables)
+        self._joined.set_pending()
 
     def assign(self, variable, value):
         variable = _component(variable)
@@ -104,6 +113,33 @@ class Backend:
             return gradient._replace(shape=shape, values=values)
         return tf.ensure_shape(gradient, shape)
 
+    # `tf.train.Checkpoint`. Keras's list of all state variables is in the order in which they were made, which depends
+    # on when a group was added. With groups, a checkpoint holds a list per kind of state instead, each group's numbers
+    # by name, and when each variable joined.
+
+    def _trackable_children(self, save_type="checkpoint", **kwargs):
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "checkpoint" and self._has_groups:
+            children = {k: v for k, v in children.items() if k not in ("_variables", "_starts")}
+            children["_joined"] = self._joined
+        return children
+
+    def _lookup_dependency(self, name, cached_dependencies=None):
+        if name == "_joined":
+            return self._joined
+        if name == "_variables" and self._has_groups:
+            return None
+        return super()._lookup_dependency(name, cached_dependencies)
+
+    def _store_numbers(self):
+        super()._store_numbers()
+        names = ["hyperparameters"]
+        names += [f"hyperparameters_{i}" for i in range(len(self._groups) - 1)]
+        groups = [self._default_group, *self._selecting_groups()]
+        for name, group in zip(names, groups, strict=True):
+            if group.stored is not None:
+                self._track_trackable(group.stored, name, overwrite=True)
+
     def _outside_graph(self):
         return tf.init_scope()
 
@@ -140,6 +176,39 @@ class Backend:
             return tf.no_op()
 
         tf.cond(condition, run, tf.no_op)
+
+
+class _Joined(tf.train.experimental.PythonState):
+    """At which update each variable joined, 0 being the beginning, as a `tf.train.Checkpoint` holds it."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self._pending = None  # what was restored before `build`
+
+    def serialize(self):
+        optimizer = self._optimizer
+        starts = [int(start.numpy()) for start in optimizer._starts]
+        return json.dumps([0 if i is None else starts[i] for i in optimizer._start_of])
+
+    def deserialize(self, string_value):
+        # TensorFlow calls this before it restores any variable.
+        self._pending = json.loads(string_value)
+        self.set_pending()
+
+    def set_pending(self):
+        optimizer = self._optimizer
+        if self._pending is None or not optimizer._known:
+            return
+        joined, self._pending = self._pending, None
+        if len(joined) != len(optimizer._known):
+            raise ValueError(
+                f"Optimizer '{optimizer.name}': the checkpoint holds the state of {len(joined)} variables. Build the "
+                "optimizer for all of them, and call `add_param_group` for those of a late group, before `restore`. "
+                f"Received: an optimizer built for {len(optimizer._known)} variables"
+            )
+        with optimizer._outside_graph():
+            optimizer._check_starts(joined)
+            optimizer._set_starts(joined)
 
 
 def _tensors_of(slices: tf.IndexedSlices):
