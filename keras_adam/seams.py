@@ -43,6 +43,12 @@ HOOKS = {
     "stateless_apply": ("self", "optimizer_variables", "grads", "trainable_variables"),
     "update_step": ("self", "gradient", "variable", "learning_rate"),
 }
+if keras.backend.backend() == "tensorflow":  # what `tf.train.Checkpoint` asks of an object
+    HOOKS |= {
+        "_lookup_dependency": ("self", "name", "cached_dependencies"),
+        "_track_trackable": ("self", "trackable", "name", "overwrite"),
+        "_trackable_children": ("self", "save_type"),
+    }
 
 
 @contextlib.contextmanager
