@@ -5,9 +5,12 @@ import inspect
 from typing import NoReturn
 
 import keras
-from keras.src.backend.common import global_state
+from keras.src.backend.common import global_state, variables
+from keras.src.saving import saving_lib
 
-SUPPORTED = ">=3.10,<4"  # as in pyproject.toml
+# As in pyproject.toml.
+SUPPORTED = ">=3.10,<4"
+PYTORCH = ">=2.4"
 
 # Each method of `keras.optimizers.Optimizer` that is replaced or called, with the parameters relied on. Some are
 # public: they are replaced by methods that take the same.
@@ -50,6 +53,15 @@ if keras.backend.backend() == "tensorflow":  # what `tf.train.Checkpoint` asks o
         "_trackable_children": ("self", "save_type"),
     }
 
+# Attributes that Keras's methods set and this package reads.
+ATTRIBUTES = {
+    "_iterations": keras.optimizers.Optimizer,
+    "_learning_rate": keras.optimizers.Optimizer,
+    "_trainable_variables": keras.optimizers.Optimizer,
+    "_trainable_variables_indices": keras.optimizers.Optimizer,
+    "_h5_entry_group": saving_lib.H5IOStore,
+}
+
 
 @contextlib.contextmanager
 def without_autocast():
@@ -69,16 +81,48 @@ def without_autocast():
 
 
 def check() -> None:
-    """Raise an ImportError if a hook is gone or takes other parameters than those relied on."""
+    """Raise an ImportError if something relied on is gone, or means something else."""
+    _check_hooks()
+    _check_attributes()
+    _check_scopes()
+
+
+def _check_hooks() -> None:
     for name, parameters in HOOKS.items():
         hook = getattr(keras.optimizers.Optimizer, name, None)
         if hook is None:
             _refuse(f"keras.optimizers.Optimizer has no `{name}`")
-        found = tuple(inspect.signature(hook).parameters)
-        if found[: len(parameters)] != parameters:
+        found = inspect.signature(hook).parameters
+        names, further = tuple(found), list(found.values())[len(parameters) :]
+        if names[: len(parameters)] != parameters or any(map(_is_required, further)):
             _refuse(
-                f"keras.optimizers.Optimizer.{name} takes ({', '.join(found)}) instead of ({', '.join(parameters)})"
+                f"keras.optimizers.Optimizer.{name} takes ({', '.join(names)}) instead of ({', '.join(parameters)})"
             )
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    of_any_number = (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and parameter.kind not in of_any_number
+
+
+def _check_attributes() -> None:
+    # The names in the compiled methods. An instance would tell more, but has variables, and an import that makes those
+    # would start the backend's devices.
+    for name, owner in ATTRIBUTES.items():
+        methods = (x for c in owner.__mro__ for x in vars(c).values() if inspect.isfunction(x))
+        if not any(name in inspect.unwrap(m).__code__.co_names for m in methods):
+            _refuse(f"no method of {owner.__module__}.{owner.__qualname__} names `{name}`")
+
+
+def _check_scopes() -> None:
+    with variables.AutocastScope("float16"), without_autocast():
+        if variables.get_autocast_scope() is not None:
+            _refuse("an AutocastScope is not kept as the global attribute `autocast_scope`")
+    # Else the outermost would initialize the variables that wait for it.
+    outer, inner = (keras.StatelessScope(initialize_variables=False) for _ in range(2))
+    with outer, inner:
+        if getattr(inner, "original_scope", None) is not outer:
+            _refuse("a StatelessScope does not keep the one around it as `original_scope`")
 
 
 def _refuse(why: str) -> NoReturn:

@@ -302,7 +302,7 @@ class _RecordingScope(keras.StatelessScope):
 
     def get_current_value(self, variable):
         value = super().get_current_value(variable)
-        outer = getattr(self, "original_scope", None)
+        outer = self.original_scope
         return outer.get_current_value(variable) if value is None and outer is not None else value
 
     def add_update(self, update):

@@ -7,16 +7,19 @@ from typing import Any
 import keras
 import torch
 
-from keras_adam import hyperparameters, rule
+from keras_adam import hyperparameters, rule, seams
 from keras_adam.groups import NUMERIC
 from keras_adam.rows import Rows
 
 # PyTorch's own fused Adam, one call for many tensors. The function around it in `torch.optim` sorts the tensors by
 # device and dtype at each call, which for many small ones takes longer than the kernel: here they are sorted once.
-_FUSED: dict[bool, Any] = {
-    False: getattr(torch, "_fused_adam_", None),
-    True: getattr(torch, "_fused_adamw_", None),
-}
+try:
+    _FUSED: dict[bool, Any] = {False: torch._fused_adam_, True: torch._fused_adamw_}
+except AttributeError as error:
+    raise ImportError(
+        f"keras_adam needs PyTorch {seams.PYTORCH}, whose fused kernels it calls: {error}. "
+        f"Received: torch {torch.__version__}"
+    ) from None
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -56,9 +59,7 @@ class Backend:
 
     def _may_fuse(self) -> bool:
         stateless = self._iterations.value is not self._iterations._value
-        return not (
-            stateless or None in _FUSED.values() or self._overrides_update() or self._is_compiling()
-        )
+        return not (stateless or self._overrides_update() or self._is_compiling())
 
     def _can_fuse(self, bucket, grads) -> bool:
         if bucket.memory is None:
