@@ -88,6 +88,7 @@ class PortableAdam(State):
             with keras.name_scope(self.name, caller=self):
                 self._step(grads, variables)
 
+    # A function of its own: PyTorch 2.15 cannot trace a comprehension in a `with` on Python 3.13.
     def _step(self, grads, variables) -> None:
         absent = [v for g, v in zip(grads, variables, strict=True) if g is None]
         if absent:
