@@ -4,7 +4,9 @@ A backend that was asked for and is missing fails the run: `import keras` below 
 torch, optax and keras itself serve as oracles whatever the backend is.
 """
 
+import importlib.metadata
 import os
+import re
 
 # Read by the frameworks on import: no start-up notices, and no device memory taken by an oracle.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -12,10 +14,12 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # The suite compiles hundreds of small programs and runs each for milliseconds.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older way to make code for the CPU, on one thread: a quarter of the time to compile.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+# Code for the CPU made on one thread, and in XLA's older way while it has one: a quarter of the time to compile. XLA
+# aborts on a flag that it does not know.
+flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+if [int(n) for n in re.findall(r"\d+", importlib.metadata.version("jaxlib"))] < [0, 11, 1]:
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
 import keras
 import numpy as np
