@@ -194,7 +194,8 @@ class State(keras.optimizers.Optimizer):
             chosen = groups.assign(self._selecting_groups(), self._default_group, variables)
             self._create_state(variables, chosen)
         self._reorder(variables)
-        self.built = True
+        # Built for no variable, as when all are frozen, it is not built: the next `fit` builds it for what is trained.
+        self.built = bool(self._known)
         if self._pending_state is not None:
             with self._outside_graph():
                 self._load_pending()

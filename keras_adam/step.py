@@ -134,7 +134,8 @@ class PortableAdam(State):
                     f"'{path_of(variable)}', which has {tuple(variable.shape)}. {_EMPTIED}"
                 )
         # Only for this call: a group added since must still be met by the next `fit`, which builds.
-        built, self.built = self.built, self.built or bool(self._known)
+        is_met = bool(self._known) or not trainable_variables
+        built, self.built = self.built, self.built or is_met
         try:
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
         finally:

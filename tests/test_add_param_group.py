@@ -660,3 +660,39 @@ def test_pattern_that_selects_nothing_can_be_corrected():
     net.join(BASE, learning_rate=0.02)
     net.fit(ALL)
     np.testing.assert_allclose(model.get_weights()[0], net.weights[0], **TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
+@pytest.mark.parametrize("selector", ["layers", "pattern", "none"])
+def test_all_was_frozen_in_the_first_fit(selector):
+    """Nothing was trained, so that what follows is the training of a new optimizer."""
+
+    def train(optimizer, is_frozen_first):
+        model = make_net()
+        if is_frozen_first:
+            train_only(model, [])
+            fit_again(model, optimizer)
+            for got, start in zip(weights(model), START, strict=True):
+                np.testing.assert_array_equal(got, start)
+        train_only(model, ALL)
+        if is_frozen_first and selector != "none":
+            params = {"layers": model.layers, "pattern": ".*"}[selector]
+            optimizer.add_param_group({"params": params, "learning_rate": 0.01})
+        fit_again(model, optimizer, epochs=2)
+        return weights(model), int(optimizer.iterations)
+
+    ours, steps = train(keras_adam.Adam(0.01), is_frozen_first=True)
+    theirs, expected_steps = train(keras.optimizers.Adam(0.01), is_frozen_first=False)
+    assert steps == expected_steps
+    for got, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(got, expected, **TOLERANCE)
+
+
+def test_built_for_no_variable_it_is_not_built():
+    optimizer = keras_adam.Adam(0.1)
+    optimizer.build([])
+    assert not optimizer.built
+    variable = keras.Variable([1.0])
+    optimizer.add_param_group({"params": variable, "maximize": True})
+    optimizer.apply([keras.ops.ones(1)], [variable])
+    np.testing.assert_allclose(variable.numpy(), [1.1], rtol=1e-6)
