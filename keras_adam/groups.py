@@ -250,7 +250,7 @@ class ParamGroup(Mapping):
         rates = [now["beta_1"], now["beta_2"]]
         if for_kernel:
             rates = [rule.representable(rate_, dtype) for rate_ in rates]
-        return rule.step_scalars(
+        return self._optimizer._step_scalars(
             self.options,
             learning_rate=rate,
             rate_1=rates[0],

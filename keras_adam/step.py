@@ -186,7 +186,7 @@ class PortableAdam(State):
         return [self._of_its_shape(g, v) for g, v in zip(grads, variables, strict=True)]
 
     def _unscale(self, values):
-        return [_widened(x) / self.loss_scale_factor for x in values]
+        return [_widened(x) / self._number("loss_scale_factor") for x in values]
 
     def _backend_apply_gradients(self, grads, trainable_variables):
         grads = self._reduce(grads)
@@ -297,11 +297,13 @@ class PortableAdam(State):
         # Norms in float32: the square of 256 is infinite in float16.
         values = [_widened(x) for x in values]
         if self.clipnorm:
-            return [_scaled_to_norm(x, _norm([x]), self.clipnorm) for x in values]
+            limit = self._number("clipnorm")
+            return [_scaled_to_norm(x, _norm([x]), limit) for x in values]
         if self.global_clipnorm:
-            norm = _norm(values)
-            return [_scaled_to_norm(x, norm, self.global_clipnorm) for x in values]
-        return [ops.clip(x, -self.clipvalue, self.clipvalue) for x in values]
+            norm, limit = _norm(values), self._number("global_clipnorm")
+            return [_scaled_to_norm(x, norm, limit) for x in values]
+        limit = self._number("clipvalue")
+        return [ops.clip(x, -limit, limit) for x in values]
 
     def _update(self, grads, variables) -> None:
         learning_rate = self.learning_rate
@@ -348,44 +350,53 @@ class PortableAdam(State):
         group = self._group_of[index]
         dtype = compute_dtype(variable.dtype)
         scalars = scalars(group, self._start_of[index], dtype, self._use_weight_decay(variable))
-        slots = self._moments_of(index)
+        slots, lost = self._moments_of(index), self._compensation_of(variable)
         read, write = value_of, self.assign
         if isinstance(gradient, Rows):
-            read = functools.partial(self._take_rows, gradient.indices)
-            write = functools.partial(self._put_rows, gradient.indices)
+            indices = gradient.indices
+            read = functools.partial(self._take_own_rows, indices)
+            write = functools.partial(self._put_rows, indices)
             gradient = gradient.rows()
-        p = self._read_parameter(variable, read)
-        moments = rule.Moments(*(x if x is None else read(x, dtype) for x in slots))
-        p, moments = rule.adam_step(ops.cast(gradient, dtype), p, moments, scalars, group.options)
+        value, lost_value, *moments = updated(
+            gradient,
+            read(variable),
+            None if lost is None else read(lost),
+            rule.Moments(*(x if x is None else read(x) for x in slots)),
+            scalars,
+            self._dither() if has_half(lost, *slots) else None,
+            options=group.options,
+        )
         # Keras's Adam changes a variable through `assign_sub`, which a subclass may have of its own.
         change = self._assign_difference if self._overrides("assign_sub") else write
-        self._write_parameter(variable, p, write, change)
-        for slot, value in zip(slots, moments, strict=True):
+        change(variable, value)
+        for slot, value in zip((lost, *slots), (lost_value, *moments), strict=True):
             if slot is not None:
-                kept = keras.backend.standardize_dtype(slot.dtype)
-                if kept in HALF:
-                    value = rule.rounded(ops.cast(value, "float32"), kept, self._dither())
                 write(slot, value)
 
-    def _read_parameter(self, variable, read=value_of):
+    def _take_own_rows(self, indices, variable):
+        return self._take_rows(indices, variable, keras.backend.standardize_dtype(variable.dtype))
+
+    def _read_parameter(self, variable):
         """Return a variable's value in the dtype of the update, with what rounding took from it."""
         dtype = compute_dtype(variable.dtype)
-        value, lost = read(variable, dtype), self._compensation_of(variable)
+        value, lost = value_of(variable, dtype), self._compensation_of(variable)
         if lost is None:
             return value
-        return rule.joined(value, read(lost, dtype), keras.backend.standardize_dtype(lost.dtype))
+        return rule.joined(
+            value, value_of(lost, dtype), keras.backend.standardize_dtype(lost.dtype)
+        )
 
-    def _write_parameter(self, variable, value, write=None, change=None) -> None:
+    def _write_parameter(self, variable, value) -> None:
         """Assign a value of the dtype of the update, and keep what rounding takes from it."""
-        write, lost = write or self.assign, self._compensation_of(variable)
+        lost = self._compensation_of(variable)
         if lost is not None:
             dtype = keras.backend.standardize_dtype(lost.dtype)
             value, rest = rule.split(value, dtype, self._dither())
-            write(lost, rest)
-        (change or write)(variable, value)
+            self.assign(lost, rest)
+        self.assign(variable, value)
 
     def _assign_difference(self, variable, value) -> None:
-        self.assign_sub(variable, value_of(variable, value.dtype) - value)
+        self.assign_sub(variable, value_of(variable) - value)
 
     def _compensation_of(self, variable):
         return self._slots("_compensations")[self._get_variable_index(variable)]
@@ -477,7 +488,7 @@ class PortableAdam(State):
     def _update_model_variables_moving_average(self, trainable_variables) -> None:
         for variable, average, started in self._averages_of(trainable_variables):
             # The first update sets the average.
-            keep = ops.cast(started, average.dtype) * self.ema_momentum
+            keep = ops.cast(started, average.dtype) * self._number("ema_momentum")
             value = ops.cast(self._read_parameter(variable), average.dtype)
             self.assign(average, keep * value_of(average) + (1 - keep) * value)
 
@@ -546,6 +557,14 @@ class PortableAdam(State):
         """Whether this call is being traced, so that what Python computes now is frozen into a compiled step."""
         return False
 
+    def _step_scalars(self, options: rule.Options, **numbers) -> rule.Scalars:
+        """Return what `rule.step_scalars` does."""
+        return rule.step_scalars(options, **numbers)
+
+    def _number(self, name: str):
+        """Return a number such as `clipnorm` for this step; a compiled step may get it as an argument."""
+        return getattr(self, name)
+
     def _densify(self, gradient):
         """Return a sparse gradient as a dense one, the values of a repeated index summed."""
         return ops.convert_to_tensor(gradient, sparse=False)
@@ -581,6 +600,46 @@ class PortableAdam(State):
         """Call `update`, which assigns to variables, if `condition` holds in this step."""
         if condition:
             update()
+
+
+def has_half(*slots) -> bool:
+    """Whether one of some state variables is of half precision, so that rounding it takes a dither."""
+    dtypes = (keras.backend.standardize_dtype(x.dtype) for x in slots if x is not None)
+    return any(dtype in HALF for dtype in dtypes)
+
+
+def updated(
+    gradient, value, lost, moments: rule.Moments, scalars: rule.Scalars, dither, *, options
+):
+    """Return one variable's next value, what rounding takes from it, and its moments: a flat tuple.
+
+    All are tensors, given and returned in the dtype in which they are kept. Nothing is assigned, so that a backend may
+    compile this once for all variables that are alike.
+
+    `lost` is what rounding took from the value before; None without compensation. `dither` is that of this step; None
+    if nothing here is of half precision.
+    """
+    dtype = compute_dtype(value.dtype)
+    p = ops.cast(value, dtype)
+    if lost is not None:
+        kept = keras.backend.standardize_dtype(lost.dtype)
+        p = rule.joined(p, ops.cast(lost, dtype), kept)
+    wide = rule.Moments(*(x if x is None else ops.cast(x, dtype) for x in moments))
+    p, wide = rule.adam_step(ops.cast(gradient, dtype), p, wide, scalars, options)
+    if lost is not None:
+        p, lost = rule.split(p, kept, dither)
+        lost = ops.cast(lost, kept)
+    return ops.cast(p, value.dtype), lost, *map(functools.partial(_narrowed, dither), wide, moments)
+
+
+def _narrowed(dither, value, old):
+    """Return a moment in the dtype of the old one, rounded so that it does not stall."""
+    if old is None:
+        return None
+    kept = keras.backend.standardize_dtype(old.dtype)
+    if kept in HALF:
+        value = rule.rounded(ops.cast(value, "float32"), kept, dither)
+    return ops.cast(value, kept)
 
 
 def _widened(values):

@@ -16,20 +16,33 @@ from keras_adam import hyperparameters, rule, seams
 from keras_adam.groups import NUMERIC
 from keras_adam.paths import path_of
 from keras_adam.rows import Rows
-from keras_adam.step import STEP_HOOKS
+from keras_adam.state import compute_dtype, value_of
+from keras_adam.step import STEP_HOOKS, has_half, updated
 
-_MOST_COMPILED = 16  # lists of variables for which an eager step is kept compiled
+_MOST_COMPILED = 16  # kinds of eager step that are kept compiled; see `_pays_to_compile`
+_MOST_COUNTED = 256  # kinds of which it is counted how often they came
+_OFTEN = 200  # steps of one kind, from which on compiling it pays
+_MOST_AT_ONCE = 256  # variables of which a step is compiled when it comes first
+_PIECE = 16  # variables that are alike and updated by one compiled call, where the step is not compiled as a whole
+# Constants of a compiled step.
 _CONSTANTS = (
+    "use_ema",
+    "ema_overwrite_frequency",
+    "gradient_accumulation_steps",
     "lazy",
     "skip_nonfinite",
+)
+# Its arguments, so that it serves for any value; whether one is None or 0 is a constant.
+_NUMBERS = ("clipnorm", "clipvalue", "global_clipnorm", "ema_momentum", "loss_scale_factor")
+# What makes a step more than the update of each variable: these go operation by operation where it is not compiled.
+_BESIDES_UPDATE = (
     "clipnorm",
     "clipvalue",
     "global_clipnorm",
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
     "loss_scale_factor",
+    "use_ema",
     "gradient_accumulation_steps",
+    "skip_nonfinite",
 )
 
 
@@ -41,6 +54,8 @@ class Backend:
 
     def __init__(self, *args, **kwargs):
         self.__dict__["_compiled"] = {}
+        self.__dict__["_times_seen"] = {}  # kinds of eager step that are not compiled
+        self.__dict__["_numbers_in_step"] = {}
         # The array of iterations that the last step left, and its number, at most.
         self.__dict__["_counted"] = None, 0
         super().__init__(*args, **kwargs)
@@ -60,25 +75,84 @@ class Backend:
             super().apply(grads, trainable_variables)
             return
         variables = self._variables_for(grads, trainable_variables)
-        constants = self._constants()
-        key = tuple(map(id, variables)), tuple(g is None for g in grads), constants
+        key = tuple(map(id, variables)), tuple(g is None for g in grads), self._constants()
         if key not in self._compiled:
+            if not self._pays_to_compile(key, variables):
+                super().apply(grads, variables)
+                return
             if len(self._compiled) >= _MOST_COMPILED:
-                self._compiled.clear()
+                del self._compiled[next(iter(self._compiled))]  # the oldest
             step = jax.jit(functools.partial(self._stateless_step, variables))
-            # With what the key knows by identity alone.
+            # References, so that an `id` in the key is not used again.
             kept = self._learning_rate, self._dynamic(), [v.constraint for v in self._known]
             self._compiled[key] = step, kept
         changing = self._changing(variables)
         traced = self._traced, self._traced_rate
-        # They are of the right shape and dtype, which `assign` would find out for each.
         assign = self.assign if in_stateless_scope() else _assign
-        values = self._compiled[key][0]([v.value for v in changing], grads)
+        numbers = {name: getattr(self, name) for name in _NUMBERS if getattr(self, name)}
+        values = self._compiled[key][0]([v.value for v in changing], grads, numbers)
         for variable, value in zip(changing, values, strict=True):
             assign(variable, value)
         # What was compiled here is compiled anew when a constant of it changes.
         self._traced, self._traced_rate = traced
         self.__dict__["_counted"] = self._iterations._value, self._counted[1] + 1
+
+    def _pays_to_compile(self, key, variables) -> bool:
+        """Whether to compile an eager step of a new kind: other variables, other options, other gradients of None.
+
+        Otherwise the step runs in pieces. Compiling takes as long as what some hundred steps then save, so that it
+        pays for the first kind, and for another one that has come often. Where there are many variables and nothing
+        but their update to compute, pieces are as fast.
+        """
+        are_many = len(variables) > _MOST_AT_ONCE
+        if are_many and not any(getattr(self, name) for name in _BESIDES_UPDATE):
+            return False
+        seen, kind = self._times_seen, hash(key)
+        is_first = not (seen or self._compiled)
+        if len(seen) >= _MOST_COUNTED and kind not in seen:
+            seen.clear()
+        seen[kind] = seen.get(kind, 0) + 1
+        pays = seen[kind] > _OFTEN or (is_first and not are_many)
+        if pays:
+            del seen[kind]
+        return pays
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if self._overrides_update() or self._is_compiling() or in_stateless_scope():
+            self._portable_update_step(grads, trainable_variables, learning_rate)
+            return
+        scalars = self._scalars(learning_rate)
+        assign = self.assign if self.shard_state else _assign
+        for bucket in self._buckets(trainable_variables):
+            now = scalars(bucket.group, bucket.start, compute_dtype(bucket.dtype), bucket.decays)
+            slots = [
+                (variable, lost, *moments)
+                for variable, lost, moments in zip(
+                    bucket.variables, bucket.compensations, bucket.moments, strict=True
+                )
+            ]
+            dither = self._dither() if has_half(*slots[0][1:]) else None
+            given = [grads[i] for i in bucket.positions]
+            for piece in _pieces(len(slots)):
+                values = [[x if x is None else x.value for x in kept] for kept in slots[piece]]
+                results = _updated_alike(
+                    given[piece], values, now, dither, options=bucket.group.options
+                )
+                for kept, result in zip(slots[piece], results, strict=True):
+                    for variable, value in zip(kept, result, strict=True):
+                        if variable is not None:
+                            assign(variable, value)
+
+    def _step_scalars(self, options, **numbers):
+        if self._is_compiling():  # there Python's numbers are to be constants
+            return super()._step_scalars(options, **numbers)
+        return _compiled_scalars(options, **{name: value_of(x) for name, x in numbers.items()})
+
+    def _device_of(self, variable):
+        return tuple(variable.shape)
+
+    def _number(self, name: str):
+        return self._numbers_in_step.get(name, getattr(self, name))
 
     def _check_count_at_most(self) -> None:
         # The device is asked, which would wait for it, only after the count was set, or where it may be at its end.
@@ -108,10 +182,14 @@ class Backend:
             cycle = math.lcm(cycle, rule.DITHERS)
         return last + 1 - (cycle if cycle <= last else steps)
 
-    def _stateless_step(self, variables, values, grads):
+    def _stateless_step(self, variables, values, grads, numbers):
         changing = self._changing(variables)
-        with keras.StatelessScope(zip(changing, values, strict=True)) as scope:
-            super().apply(grads, variables)
+        self.__dict__["_numbers_in_step"] = numbers
+        try:
+            with keras.StatelessScope(zip(changing, values, strict=True)) as scope:
+                super().apply(grads, variables)
+        finally:
+            self.__dict__["_numbers_in_step"] = {}
         return [scope.get_current_value(v) for v in changing]
 
     def _changing(self, variables):
@@ -151,6 +229,7 @@ class Backend:
             tuple(map(id, self._dynamic())),
             *((g.options, g.stored is None and g.changes) for g in self._groups),
             *(getattr(self, name) for name in _CONSTANTS),
+            *((getattr(self, name) is None, not getattr(self, name)) for name in _NUMBERS),
         )
 
     # State that is spread over the data-parallel devices: gradients are handed on in its layout, so that XLA sums them
@@ -283,7 +362,26 @@ class Backend:
             variable.assign(_laid_out_like(variable, value) if self.shard_state else value)
 
 
+def _pieces(count: int):
+    """Give slices of so many variables that are alike, of two sizes: each size is compiled once."""
+    whole = count - count % _PIECE
+    yield from (slice(i, i + _PIECE) for i in range(0, whole, _PIECE))
+    yield from (slice(i, i + 1) for i in range(whole, count))
+
+
+_compiled_scalars = jax.jit(rule.step_scalars, static_argnames=("options", "dtype"))
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _updated_alike(grads, values, scalars, dither, *, options):
+    return [
+        updated(g, p, lost, rule.Moments(*moments), scalars, dither, options=options)
+        for g, (p, lost, *moments) in zip(grads, values, strict=True)
+    ]
+
+
 def _assign(variable, value) -> None:
+    """Assign a value that is of the right shape and dtype, which `assign` would find out for each."""
     variable._direct_assign(value)
 
 
