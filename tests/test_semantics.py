@@ -220,3 +220,27 @@ def test_zero_gradients(dtype, amsgrad):
     assert np.isfinite(value_of(v)).all()
     assert value_of(v)[0] < 1.0
     assert value_of(v)[1] == -2.0
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": "corrected"}], ids=["plain", "portable"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_that_is_the_value_of_another_variable(options, compiled):
+    """It is what that variable was before the step, whichever is updated first."""
+    starts = [np.arange(1.0, 4.0), np.array([2.0, -4.0, 6.0])]
+    variables = [variable(x, f"v{i}") for i, x in enumerate(starts)]
+    optimizer = keras_adam.Adam(0.1, **options)
+    oracle = reference.Adam(starts, learning_rate=0.1, **options)
+
+    def apply():
+        optimizer.apply([v.value for v in reversed(variables)], variables)
+
+    if compiled and BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        optimizer.build(variables)
+        apply = tf.function(apply, autograph=False)
+    for _ in range(5):
+        oracle.step(oracle.parameters[::-1])
+        apply()
+        for got, want in zip(variables, oracle.parameters, strict=True):
+            np.testing.assert_allclose(value_of(got), want, **CLOSE)

@@ -160,7 +160,8 @@ class Backend:
                 "A gradient must be a tensor, `tf.IndexedSlices` or `tf.SparseTensor`; `gradient.to_tensor()` makes "
                 f"a tensor of it. Received: a RaggedTensor of shape {gradient.shape}"
             )
-        return gradient
+        # A variable is read now: another one's update may write to it before it is used.
+        return tf.convert_to_tensor(gradient)
 
     def _differentiate(self, loss_fn, variables):
         values = [v.value if isinstance(v, keras.Variable) else v for v in variables]

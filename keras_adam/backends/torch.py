@@ -1,6 +1,9 @@
 """What PyTorch does its own way: its fused kernel, and no gradient through the update."""
 
+import contextlib
 import functools
+import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +35,11 @@ class Backend:
 
     @torch.no_grad()
     def apply(self, grads, trainable_variables=None):
-        iterations = self._iterations._value
-        before, version = self._read(self._iterations), iterations._version
+        before, version = self._read(self._iterations), _version(self._iterations._value)
         self._check_count(before)
-        super().apply(grads, trainable_variables)
-        if iterations._version == version + 1:
+        with _without_autocast(self._iterations._value.device.type):
+            super().apply(grads, trainable_variables)
+        if _version(self._iterations._value) == version + 1:
             # One step was counted: known without asking the device, which would wait for all that is under way.
             self._remember(self._iterations, before + 1)
 
@@ -47,31 +50,48 @@ class Backend:
     # The fused step
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if self._is_stateless() or self._is_compiling():
+            return self._portable_update_step(grads, trainable_variables, learning_rate)
+        buckets = self._buckets(trainable_variables)
+        grads = _apart(grads, buckets)
         if not self._may_fuse():
             return self._portable_update_step(grads, trainable_variables, learning_rate)
         updates = self._updates()
-        for bucket in self._buckets(trainable_variables):
+        for bucket in buckets:
             chosen = [grads[i] for i in bucket.positions]
             if self._can_fuse(bucket, chosen):
                 self._fused_step(bucket, chosen, learning_rate, updates)
             else:
                 self._portable_update_step(chosen, bucket.variables, learning_rate)
 
+    def _is_stateless(self) -> bool:
+        return self._iterations.value is not self._iterations._value
+
     def _may_fuse(self) -> bool:
-        stateless = self._iterations.value is not self._iterations._value
-        return not (stateless or self._overrides_update() or self._is_compiling())
+        return not self._overrides_update()
+
+    def _buckets(self, variables):
+        buckets = super()._buckets(variables)
+        # All of them: each renews its list of parameters.
+        if not all([bucket.memory.is_current() for bucket in buckets]):
+            self._bucket_cache.clear()
+            buckets = super()._buckets(variables)
+        return buckets
+
+    def _bucket(self, kind, positions, variables):
+        bucket = super()._bucket(kind, positions, variables)
+        bucket.memory = _Tensors(bucket)
+        return bucket
 
     def _can_fuse(self, bucket, grads) -> bool:
-        if bucket.memory is None:
-            bucket.memory = _Tensors(bucket)
         tensors = bucket.memory
         return (
             tensors.serve
             # A model's `to(memory_format=...)` keeps its tensors, and changes their strides.
             and all(map(torch.Tensor.is_contiguous, tensors.parameters))
             and bucket.group.options.amsgrad != "corrected"
-            and all(g.device == tensors.device for g in grads)
-            and (tensors.in_pieces or all(g.dtype is tensors.dtype for g in grads))
+            and {g.device for g in grads} == {tensors.device}
+            and (tensors.in_pieces or {g.dtype for g in grads} == {tensors.dtype})
         )
 
     def _fused_step(self, bucket, grads, learning_rate, updates: int) -> None:
@@ -94,7 +114,8 @@ class Backend:
             amsgrad=bool(options.amsgrad),
             maximize=options.maximize,
         )
-        grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
+        if not all(map(torch.Tensor.is_contiguous, grads)):
+            grads = [g.contiguous() for g in grads]
         if tensors.in_pieces:
             # Joined as they are, gradients of several dtypes would be rounded to one of these.
             if len({g.dtype for g in grads}) > 1:
@@ -107,9 +128,14 @@ class Backend:
     def _numbers_of(self, group, learning_rate) -> dict[str, float]:
         """Return the group's numbers on the host; they are read from the device only after they were changed."""
         stored = None if group.stored is None else group.stored._value
-        key = group.changes, None if stored is None else (id(stored), stored._version)
+        key = group.changes, None if stored is None else (id(stored), _version(stored))
         if self._host_numbers.get(group, (None,))[0] != key:
-            self._host_numbers[group] = key, {name: group.own(name) for name in NUMERIC}
+            numbers = {name: group.own(name) for name in NUMERIC}
+            self._host_numbers[group] = (
+                key,
+                numbers,
+                stored,
+            )  # held, so that its `id` is not used again
         now = dict(self._host_numbers[group][1])
         for name, value in now.items():
             if hyperparameters.is_dynamic(value):
@@ -125,11 +151,11 @@ class Backend:
     def _read(self, variable):
         """Return a scalar variable's value as a Python number, asking the device only if it was written to."""
         value = variable.value
-        key = id(value), value._version
-        known = self._host_values.get(id(variable))
-        if known is None or known[0] != key:
-            known = self._host_values[id(variable)] = key, value.item()
-        return known[1]
+        tensor, version, number = self._host_values.get(id(variable), (None, None, None))
+        if tensor is not value or version != _version(value):
+            number = value.item()
+            self._remember(variable, number)
+        return number
 
     def _updates(self) -> int:
         """Return the number of updates so far, several calls of `apply` each where gradients are accumulated."""
@@ -137,12 +163,12 @@ class Backend:
 
     def _remember(self, variable, number) -> None:
         value = variable.value
-        self._host_values[id(variable)] = (id(value), value._version), number
+        self._host_values[id(variable)] = value, _version(value), number
 
     # What is done to all gradients or averages, by PyTorch's functions of lists
 
     def _densify_all(self, grads):
-        if all(type(g) is torch.Tensor and g.layout is torch.strided for g in grads):
+        if {*map(type, grads)} == {torch.Tensor} and {g.layout for g in grads} == {torch.strided}:
             return grads
         return super()._densify_all(grads)
 
@@ -178,7 +204,7 @@ class Backend:
         return self._updates() != (0 if start is None else self._read(self._starts[start]))
 
     def _update_model_variables_moving_average(self, trainable_variables):
-        if self._iterations.value is not self._iterations._value:
+        if self._is_stateless():
             super()._update_model_variables_moving_average(trainable_variables)
             return
         going_on: tuple[list, list] = [], []
@@ -272,6 +298,37 @@ class Backend:
             update()
 
 
+def _without_autocast(device: str):
+    """Return a context without autocast, which refuses to join tensors of the half precision that is not its own."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _version(tensor):
+    """Return how often a tensor was written to; of inference mode, which does not count, NaN: it equals nothing."""
+    return float("nan") if tensor.is_inference() else tensor._version
+
+
+def _apart(grads, buckets):
+    """Return the gradients, copied where their memory is that of a tensor which the update writes to."""
+    starts = list(map(torch.Tensor.data_ptr, grads))
+    if any(map(torch.Tensor.storage_offset, grads)):
+        starts = list(map(_start, grads))
+    written = [bucket.memory.starts for bucket in buckets]
+    if all(memory.isdisjoint(starts) for memory in written):
+        return grads
+    return [
+        g.clone() if any(start in memory for memory in written) else g
+        for g, start in zip(grads, starts, strict=True)
+    ]
+
+
+def _start(tensor) -> int:
+    """Return the address where the storage of a tensor begins, which all its views share."""
+    return tensor.data_ptr() - tensor.storage_offset() * tensor.itemsize
+
+
 def _alike(targets, values):
     return targets, [
         v if v.dtype is t.dtype else v.to(t.dtype) for t, v in zip(targets, values, strict=True)
@@ -292,18 +349,25 @@ class _Tensors:
     """A bucket's tensors, in the lists that the kernel takes."""
 
     def __init__(self, bucket):
+        self.variables = bucket.variables
         self.parameters = [v._value for v in bucket.variables]
-        self.m = [moments.m._value for moments in bucket.moments]
-        self.v = [moments.v._value for moments in bucket.moments]
-        self.s = [moments.s._value for moments in bucket.moments if moments.s is not None]
+        self.pointers = list(map(torch.Tensor.data_ptr, self.parameters))
+        slots = [list(x) for x in zip(*bucket.moments, strict=True)]
+        self.slots = [x for x in itertools.chain(*slots, bucket.compensations) if x is not None]
+        self.m, self.v, self.s, self.lost = (
+            [x._value for x in of_kind if x is not None]
+            for of_kind in (*slots, bucket.compensations)
+        )
+        self.state = [*self.m, *self.v, *self.s, *self.lost]
+        self.starts = {_start(x) for x in (*self.parameters, *self.state) if x.numel()}
         first = self.parameters[0]
         self.dtype, self.device = first.dtype, first.device
         is_half = self.dtype.itemsize < 4
         wide = torch.float32 if is_half else self.dtype
         self.has_half_state = wide is torch.float32 and self.m[0].dtype is torch.bfloat16
         self.in_pieces = is_half or self.has_half_state
-        self.lost = [x._value for x in bucket.compensations if x is not None]
-        self.step = torch.zeros((), dtype=torch.float32, device=self.device)
+        with torch.inference_mode(False):  # else it could be written to in inference mode alone
+            self.step = torch.zeros((), dtype=torch.float32, device=self.device)
         self.steps = [self.step] * len(self.parameters)
         state = (*self.m, *self.v, *self.s)
         # The kernel walks through memory, all tensors in step, and knows one dtype at a time.
@@ -314,6 +378,14 @@ class _Tensors:
             and all(
                 x.device == self.device and x.is_contiguous() for x in (*self.parameters, *state)
             )
+        )
+
+    def is_current(self) -> bool:
+        """Whether the variables still have the tensors that they had, which may be other Python objects now."""
+        # A parameter's memory tells: a model's `to` may leave the object and change that.
+        self.parameters = [v._value for v in self.variables]
+        return self.pointers == list(map(torch.Tensor.data_ptr, self.parameters)) and all(
+            map(operator.is_, self.state, [x._value for x in self.slots])
         )
 
     def update_in_pieces(self, update, grads, dither) -> None:
