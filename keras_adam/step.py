@@ -458,7 +458,7 @@ class PortableAdam(State):
         iterations = self.iterations
         compiling = self._is_compiling()
 
-        @functools.cache
+        @_remembering
         def of_group(group: ParamGroup, start: int | None, dtype: str) -> rule.Scalars:
             # The difference in whole numbers: float32 has not all of them from 2^24 on, but a `t` that large
             # corrects nothing any more. The one added last: the greatest whole number has no next one.
@@ -544,7 +544,7 @@ class PortableAdam(State):
 
         A variable that is overwritten with its gradient has no average.
         """
-        started = functools.cache(self._has_started)
+        started = _remembering(self._has_started)
         for variable in variables:
             index = self._get_variable_index(variable)
             average = self._model_variables_moving_average[index]
@@ -640,6 +640,18 @@ def _narrowed(dither, value, old):
     if kept in HALF:
         value = rule.rounded(ops.cast(value, "float32"), kept, dither)
     return ops.cast(value, kept)
+
+
+def _remembering(function):
+    """Return the function with a memory of its results: `functools.cache`, at which PyTorch's compiler warns."""
+    results: dict[tuple[Any, ...], Any] = {}
+
+    def remembered(*arguments):
+        if arguments not in results:
+            results[arguments] = function(*arguments)
+        return results[arguments]
+
+    return remembered
 
 
 def _widened(values):
