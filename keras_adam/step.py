@@ -127,10 +127,11 @@ class PortableAdam(State):
                     "`optimizer.build(model.trainable_variables)`, and before it "
                     "`optimizer.add_param_group({'params': layer_or_variables})` for those unfrozen; the state stays"
                 )
-            if tuple(value.shape) != tuple(variable.shape):
+            shape = np.shape(value)
+            if shape != tuple(variable.shape):
                 raise ValueError(
                     "`trainable_variables` must be the values of the variables that the optimizer was built for, in "
-                    f"that order. {self._own_optimizer()} Received: a value of shape {tuple(value.shape)} for "
+                    f"that order. {self._own_optimizer()} Received: a value of shape {shape} for "
                     f"'{path_of(variable)}', which has {tuple(variable.shape)}. {_EMPTIED}"
                 )
         # Only for this call: a group added since must still be met by the next `fit`, which builds.
