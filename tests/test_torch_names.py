@@ -94,6 +94,16 @@ def test_names_decide_in_any_order(rng, enclosing, prefix):
     assert_each_has_its_own(optimizer, theirs, names)
 
 
+@pytest.mark.parametrize("order", [(2, 3, 0, 1, 4, 5), (0, 1, 2, 3, 5, 4), (2, 1, 0, 3, 4, 5)])
+def test_names_decide_where_each_shape_fits(order):
+    """By the order, each moment would go to another variable without a word."""
+    parameters = list(Net().named_parameters())
+    theirs = trained([[parameters[i] for i in order]])
+    optimizer = built(named_model("first", "second"))
+    optimizer.load_state_dict(theirs.state_dict())
+    assert_each_has_its_own(optimizer, theirs)
+
+
 def test_a_run_goes_on_with_names_in_another_order(rng):
     net = Net()
     parameters = dict(net.named_parameters())
