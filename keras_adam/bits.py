@@ -1,5 +1,6 @@
-"""The bits of a tensor as a tensor of another dtype of the same width: what `ops.view` is from Keras 3.12 on."""
+"""Two operations that each backend has under a name of its own, and `keras.ops` lacks, at least in Keras 3.10."""
 
+import functools
 from typing import Any
 
 import keras
@@ -17,3 +18,38 @@ def view(x: Any, dtype: str) -> Any:
 
         return x.view(getattr(torch, dtype))
     return x.view(dtype)
+
+
+def root(x: Any) -> Any:
+    """Return the square root of a tensor of the active backend; on JAX and TensorFlow, its derivative at 0 is 0.
+
+    The true one is infinite, and what is multiplied by it then, such as the derivative of `g * g` at 0, would be NaN.
+    """
+    return _root()(x)
+
+
+@functools.cache
+def _root():
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        square_root = jax.custom_jvp(jax.numpy.sqrt)
+
+        @square_root.defjvp
+        def _(primals, tangents):
+            y = square_root(*primals)
+            slope = jax.numpy.where(y > 0, 0.5 / jax.numpy.where(y > 0, y, 1), 0)
+            return y, slope * tangents[0]
+
+        return square_root
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        @tf.custom_gradient
+        def square_root(x):
+            y = tf.sqrt(x)
+            return y, lambda upstream: tf.math.divide_no_nan(0.5 * upstream, y)
+
+        return square_root
+    return keras.ops.sqrt

@@ -11,9 +11,13 @@ Hutter 2019 (https://arxiv.org/abs/1711.05101), Algorithm 2; Reddi, Kale & Kumar
 
 from typing import Any, NamedTuple
 
+import keras
 from keras import ops
 
-from keras_adam.bits import view
+from keras_adam.bits import root, view
+
+# The greatest number of each dtype whose square is finite, less a little for what rounding may add.
+_ROOTS = {"float32": (1 - 2.0**-20) * 2.0**64, "float64": (1 - 2.0**-20) * 2.0**512}
 
 Tensor = Any  # a tensor of the active backend, or a Python float
 
@@ -115,17 +119,27 @@ def prepare(g: Tensor, p: Tensor, scalars: Scalars, options: Options) -> tuple[T
     return g, p
 
 
+def bounded(g: Tensor) -> Tensor:
+    """Return a finite gradient as no greater than what can be squared: 1.8e19 in float32.
+
+    Above it the square, then `v`, would be infinite, and at the next step infinity less infinity. An infinite gradient
+    stays one: the step shows it.
+    """
+    largest = _ROOTS[keras.backend.standardize_dtype(g.dtype)]
+    return ops.where(ops.isinf(g), g, ops.clip(g, -largest, largest))
+
+
 def adam_step(
     g: Tensor, p: Tensor, moments: Moments, scalars: Scalars, options: Options
 ) -> tuple[Tensor, Moments]:
     """Return the parameter and its moments after one step; all tensors in the dtype of `scalars`."""
     m, v, s = moments
-    g, p = prepare(g, p, scalars, options)
+    g, p = prepare(bounded(g), p, scalars, options)
     m = _average(m, g, scalars.rate_1)
     v = _average(v, g * g, scalars.rate_2)
     if options.amsgrad:
         s = maximum(s, v / scalars.correction_2 if options.amsgrad == "corrected" else v)
-    p = p - scalars.step_size * m / (ops.sqrt(s if options.amsgrad else v) + scalars.epsilon)
+    p = p - scalars.step_size * m / (root(s if options.amsgrad else v) + scalars.epsilon)
     return p, Moments(m, v, s)
 
 

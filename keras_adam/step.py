@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_adam import hyperparameters, rule, seams
+from keras_adam.bits import root
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
 from keras_adam.rows import Rows, map_values, values_of
@@ -662,7 +663,7 @@ def _widened(values):
 def _norm(values):
     squares = [ops.sum(ops.square(x)) for x in values]
     wide = any(compute_dtype(x.dtype) == "float64" for x in squares)
-    return ops.sqrt(sum(ops.cast(x, "float64" if wide else "float32") for x in squares))
+    return root(sum(ops.cast(x, "float64" if wide else "float32") for x in squares))
 
 
 def _scaled_to_norm(values, norm, limit):
