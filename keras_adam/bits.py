@@ -1,6 +1,5 @@
 """Two operations that each backend has under a name of its own, and `keras.ops` lacks, at least in Keras 3.10."""
 
-import functools
 from typing import Any
 
 import keras
@@ -20,16 +19,11 @@ def view(x: Any, dtype: str) -> Any:
     return x.view(dtype)
 
 
-def root(x: Any) -> Any:
-    """Return the square root of a tensor of the active backend; on JAX and TensorFlow, its derivative at 0 is 0.
+def _root():
+    """Return the square root of tensors of the active backend; on JAX and TensorFlow, its derivative at 0 is 0.
 
     The true one is infinite, and what is multiplied by it then, such as the derivative of `g * g` at 0, would be NaN.
     """
-    return _root()(x)
-
-
-@functools.cache
-def _root():
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
@@ -53,3 +47,6 @@ def _root():
 
         return square_root
     return keras.ops.sqrt
+
+
+root = _root()
