@@ -7,6 +7,7 @@ KERAS_BACKEND ?= jax
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MATRIX_ARGS ?=
+LIBRARIES_ARGS ?=
 FUZZ_TESTS := tests/test_fuzz.py tests/test_kill.py
 # Two test processes with one thread each: two threads in each of two processes wait for each other.
 TEST_JOBS ?= 2
@@ -37,8 +38,8 @@ export NO_MKDOCS_2_WARNING ?= 1
 .DEFAULT_GOAL := help
 # Two pips must not write to one environment.
 .NOTPARALLEL:
-.PHONY: help demo test $(BACKENDS:%=test-%) test-matrix fuzz bench bench-half-precision notebooks docs docs-serve dist lint format \
-    clean backend-is-known
+.PHONY: help demo test $(BACKENDS:%=test-%) test-matrix test-libraries fuzz bench bench-half-precision notebooks docs \
+    docs-serve dist lint format clean backend-is-known
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [KERAS_BACKEND=jax|tensorflow|torch] [PYTHON=python3.12] [PYTEST_ARGS=...]"
@@ -68,6 +69,10 @@ $(BACKENDS:%=test-%): test-%: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test
 # `make test-matrix MATRIX_ARGS="--keras 3.15.1 --python 3.13"` runs one row; tests/matrix.py holds them.
 test-matrix:  ## run the tests over versions of Keras and Python, in .matrix/; writes docs/versions.md
 	$(PYTHON) tests/matrix.py $(MATRIX_ARGS)
+
+# `make test-libraries LIBRARIES_ARGS="--backends jax --only keras_hub"` runs some; the page's blocks are the tests.
+test-libraries:  ## run docs/guides/other_libraries.md beside keras-hub and others, in .matrix/
+	$(PYTHON) tests/libraries.py $(LIBRARIES_ARGS)
 
 # Other examples at each run; one that fails is printed with what reproduces it.
 FUZZ_EXAMPLES ?= 2000

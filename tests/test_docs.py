@@ -1,7 +1,8 @@
 """Every example runs: the code blocks of README.md and docs/, and the docstrings' `>>>`.
 
 The blocks of a page run in order and share their names, in an empty directory: ```python is executed, ```pycon is a
-doctest, whose output is compared. What needs a shell is ```console, and does not run.
+doctest, whose output is compared. What needs a shell is ```console, and does not run. The page on other libraries is
+run by libraries.py, where these are installed.
 """
 
 import doctest
@@ -17,10 +18,11 @@ from pathlib import Path
 import pytest
 
 import keras_adam
+import libraries
 from steps import BACKEND, KERAS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [ROOT / "README.md", *sorted({*ROOT.glob("docs/**/*.md")} - {libraries.PAGE})]
 BLOCK = re.compile(r"^```(python|pycon)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 MODULES = [
@@ -91,6 +93,21 @@ def test_reproductions_of_faults(tmp_path):
 def test_docstring(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_doctest(EXAMPLES[name])
+
+
+def test_page_of_other_libraries():
+    """`make test-libraries` runs each of its blocks; each library has one, and the version that is named."""
+    examples = libraries.examples()
+    assert [(code, line) for _, code, line in examples] == [x[1:] for x in blocks(libraries.PAGE)]
+    assert {library for library, _, _ in examples} == set(libraries.LIBRARIES)
+    for _, code, line in examples:
+        assert "keras_adam.Adam" in code
+        compile("\n" * line + code, str(libraries.PAGE), "exec")
+    page = libraries.PAGE.read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    named = dict(re.findall(r"^\| \[([\w-]+)\]\(#[\w-]+\) \| (\S+) \|", page, re.MULTILINE))
+    assert named == {name: pins[name] for name in libraries.LIBRARIES.values()}
+    assert f"Keras {pins['keras']}" in page
 
 
 def test_there_are_examples():
