@@ -66,7 +66,7 @@ test: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests under each back
 $(BACKENDS:%=test-%): test-%: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test
 	KERAS_BACKEND=$* $(PYTEST)
 
-# `make test-matrix MATRIX_ARGS="--keras 3.15.1 --python 3.13"` runs one row; tests/matrix.py holds them.
+# `make test-matrix MATRIX_ARGS="--rows newest"` runs one row; tests/matrix.py holds them.
 test-matrix:  ## run the tests over versions of Keras and Python, in .matrix/; writes docs/versions.md
 	$(PYTHON) tests/matrix.py $(MATRIX_ARGS)
 

@@ -1,7 +1,7 @@
 """Run the suite over versions of Keras and Python, under each backend; write what came out to docs/versions.md.
 
-`make test-matrix` runs all rows; `make test-matrix MATRIX_ARGS="--keras 3.15.1 --python 3.13"` one. Each row has an
-environment of its own in .matrix/. Only what was run comes into the table, in place of that row's last result.
+`make test-matrix` runs all rows; `make test-matrix MATRIX_ARGS="--rows newest"` one. Each row has an environment of
+its own in .matrix/. Only what was run comes into the table, in place of that row's last result.
 """
 
 import argparse
@@ -21,17 +21,33 @@ ENVIRONMENTS = ROOT / ".matrix"
 PAGE = ROOT / "docs" / "versions.md"
 BACKENDS = {"jax": "jax", "tensorflow": "tensorflow-cpu", "torch": "torch"}
 
-# Keras, Python, and what else is not at the version of constraints.txt.
-ROWS: list[tuple[str, str, dict[str, str]]] = [
-    ("3.10.0", "3.11", {"tensorflow-cpu": "2.20.0"}),  # 2.21 asks for Keras 3.12
-    ("3.15.1", "3.11", {}),
-    ("3.15.1", "3.12", {}),
-    ("3.15.1", "3.13", {}),
-]
+# The least that pyproject.toml asks for, and what goes with it.
+OLDEST = {
+    "keras": "3.10.0",
+    "jax": "0.5.0",
+    "jaxlib": "0.5.0",
+    "tensorflow-cpu": "2.18.0",
+    "torch": "2.4.0",
+    "numpy": "1.26.4",
+    "ml_dtypes": "0.4.1",
+    "optax": "0.2.4",
+}
+# By row: the Python, and what is not at the version of constraints.txt: a version, or a commit of the source.
+ROWS: dict[str, tuple[str, dict[str, str]]] = {
+    "oldest": ("3.11", OLDEST),
+    # TensorFlow 2.21 asks for Keras 3.12.
+    "keras-3.10": ("3.11", {"keras": "3.10.0", "tensorflow-cpu": "2.20.0"}),
+    "python-3.11": ("3.11", {}),
+    "python-3.12": ("3.12", {}),
+    "python-3.13": ("3.13", {}),
+    "newest": ("3.13", {"jax": "0.12.0.1", "jaxlib": "0.12.0.1", "torch": "2.15.0"}),
+    "keras-source": ("3.11", {"keras": "3422977a5e38fb2f7709aaa9a08e47f0c43d0f60"}),  # August 2026
+}
+SOURCE = {"keras": "https://github.com/keras-team/keras"}
 
-HEAD = ["Keras", "Python", "backend", "tests", "passed", "xfailed", "skipped", "failed", "date"]
-ALIGNED = ["---"] * 4 + ["---:"] * 4 + ["---"]
-RESULTS = HEAD[4:8]
+HEAD = "row Keras Python backend tests passed xfailed skipped failed date".split()
+ALIGNED = ["---"] * 5 + ["---:"] * 4 + ["---"]
+RESULTS = HEAD[5:9]
 
 
 @functools.cache
@@ -50,25 +66,36 @@ def interpreter(version):
     return None
 
 
-def environment(keras, python, pins, backends):
+def environment(name):
     """Make or renew the row's environment, and return its Python."""
-    folder = ENVIRONMENTS / f"keras-{keras}-python-{python}"
+    python, pins = ROWS[name]
+    folder = ENVIRONMENTS / name
     own = folder / "bin" / "python"
     if not own.exists():
         subprocess.run([interpreter(python), "-m", "venv", folder], check=True)
-    pins = {"keras": keras, **pins}
     kept = [
         line
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line.partition("==")[0] not in pins
     ]
     constraints = folder / "constraints.txt"
-    constraints.write_text("\n".join([*kept, *(f"{n}=={v}" for n, v in pins.items())]) + "\n")
-    wanted = ["-c", constraints, "-e", f"{ROOT}[test]", *(BACKENDS[b] for b in backends)]
+    constraints.write_text("\n".join([*kept, *map(requirement, pins.items())]) + "\n")
+    # All three backends, whichever is tested: the others serve as oracles.
+    wanted = ["-c", constraints, "-e", f"{ROOT}[test]", *BACKENDS.values()]
     subprocess.run([own, "-m", "pip", "install", "-q", *wanted], check=True)
     # Comes with PyTorch's CUDA build, which does without it on a CPU; loaded after JAX it crashes.
     subprocess.run([own, "-m", "pip", "uninstall", "-q", "-y", "triton"], check=True)
     return own
+
+
+def requirement(pin):
+    """Return what tells pip to install this package at this version, or at this commit of its source."""
+    package, version = pin
+    return (
+        f"{package}=={version}"
+        if "." in version
+        else f"{package} @ git+{SOURCE[package]}@{version}"
+    )
 
 
 def version_of(own, package):
@@ -99,21 +126,19 @@ def run(own, backend, subset, jobs):
 
 
 def read_table():
-    """Return the rows of the page, by Keras, Python and backend without its version."""
+    """Return the lines of the page, by row and backend without its version."""
     lines = PAGE.read_text().splitlines() if PAGE.exists() else []
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
     return {key_of(row): row for row in cells[2:]}
 
 
 def key_of(row):
-    return (*row[:2], row[2].partition(" ")[0])
+    return row[0], row[3].partition(" ")[0]
 
 
 def write_table(table):
-    def order(key):
-        return [[int(n) for n in version.split(".")] for version in key[:2]], key[2]
-
-    rows = [HEAD, ALIGNED, *(table[key] for key in sorted(table, key=order))]
+    order = [(name, backend) for name in ROWS for backend in BACKENDS]
+    rows = [HEAD, ALIGNED, *(table[key] for key in order if key in table)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     before = PAGE.read_text().partition("| " + HEAD[0])[0]
     PAGE.write_text(before + "\n".join(lines) + "\n")
@@ -121,22 +146,23 @@ def write_table(table):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--keras", help="only the rows of this version")
-    parser.add_argument("--python", help="only the rows of this version, such as 3.13")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--subset", default="", help="arguments for pytest; the table tells them")
     parser.add_argument("--jobs", default="2", help="test processes")
     args = parser.parse_args()
-    chosen = [row for row in ROWS if args.keras in (None, row[0]) and args.python in (None, row[1])]
-    if not chosen:
-        parser.error("no such row; " + ", ".join(f"{k} on Python {p}" for k, p, _ in ROWS))
     outcomes = []
-    for keras, python, pins in chosen:
-        name = f"keras {keras}, Python {python}"
+    for name in args.rows:
+        python, pins = ROWS[name]
         if interpreter(python) is None:
             outcomes.append((False, f"{name}: NOT RUN, there is no python{python}"))
             continue
-        own = environment(keras, python, pins, args.backends)
+        own = environment(name)
+        keras = version_of(own, "keras")
+        if "." not in pins.get("keras", "."):
+            keras += f" at {pins['keras'][:10]}"
         for backend in args.backends:
             print(f"== {name}, {backend}", flush=True)
             counts = run(own, backend, args.subset, args.jobs)
@@ -144,7 +170,7 @@ def main():
             shown = f"{backend} {version_of(own, BACKENDS[backend])}"
             tests = f"`{args.subset}`" if args.subset else "all"
             numbers = [str(counts.get(what, 0)) for what in RESULTS]
-            row = [version_of(own, "keras"), python, shown, tests, *numbers, date]
+            row = [name, keras, python, shown, tests, *numbers, date]
             write_table(read_table() | {key_of(row): row})
             result = "FAILED" if counts["failed"] else "ok"
             outcomes.append((not counts["failed"], f"{name}, {backend}: {result}"))
