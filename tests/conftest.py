@@ -14,10 +14,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # The suite compiles hundreds of small programs and runs each for milliseconds.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Code for the CPU made on one thread, and in XLA's older way while it has one: a quarter of the time to compile. XLA
+# Make code for the CPU on one thread, and in the older way where XLA has both: a quarter of the time to compile. XLA
 # aborts on a flag that it does not know.
 flags = ["--xla_cpu_parallel_codegen_split_count=1"]
-if [int(n) for n in re.findall(r"\d+", importlib.metadata.version("jaxlib"))] < [0, 11, 1]:
+jaxlib = [int(n) for n in re.findall(r"\d+", importlib.metadata.version("jaxlib"))]
+if [0, 5, 3] <= jaxlib < [0, 11, 1]:
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
