@@ -9,6 +9,11 @@ import optax
 
 import reference
 
+try:
+    from jax import enable_x64
+except ImportError:  # an older JAX
+    from jax.experimental import enable_x64
+
 # The empty one last: a problem may leave it out.
 SHAPES = {"matrix": (4, 3), "vector": (7,), "scalar": (), "empty": (0, 3)}
 # Steps at which trajectories are compared: an error in a bias correction fades with time.
@@ -64,7 +69,7 @@ def as_numpy_knows_it(variable):
 def float64_allowed():
     """JAX knows float64 only on request."""
     on_jax = keras.backend.backend() == "jax"
-    return jax.enable_x64(True) if on_jax else contextlib.nullcontext()
+    return enable_x64(True) if on_jax else contextlib.nullcontext()
 
 
 def run(optimizer, starts, gradients, dtype="float32", constraints=None, compiled=True):
@@ -161,7 +166,7 @@ def run_torch(optimizer_class, starts, gradients, **options):
 
 def run_optax(make_transformation, starts, gradients):
     """In float64."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         transformation = make_transformation()
         values = [jax.numpy.asarray(start, dtype="float64") for start in starts]
         state = transformation.init(values)
