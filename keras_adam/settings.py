@@ -44,14 +44,21 @@ class Setting:
         name = self.name
         if self.makes_state and optimizer._known:
             why = "decides which state variables there are, and the optimizer is built"
+            instead = (
+                "Make a new optimizer, which begins anew: "
+                f"`type(optimizer).from_config({{**optimizer.get_config(), '{name}': {value!r}}})`"
+            )
         elif optimizer._traced:
             why = "is a constant of the train step that was compiled already"
+            instead = (
+                "Set it on a copy, which keeps the state, `new = copy.deepcopy(optimizer)`, and compile the model "
+                "with that"
+            )
         else:
             return
         raise ValueError(
-            f"`{name}` cannot be set now: it {why}. Make a new optimizer, "
-            f"`type(optimizer).from_config({{**optimizer.get_config(), '{name}': {value!r}}})`, and compile the model "
-            f"with it. Received: {name}={value!r}, where it was {optimizer.__dict__[name]!r}"
+            f"`{name}` cannot be set now: it {why}. {instead}. "
+            f"Received: {name}={value!r}, where it was {optimizer.__dict__[name]!r}"
         )
 
 
