@@ -12,6 +12,8 @@ from keras.src.saving import saving_lib
 SUPPORTED = ">=3.10,<4"
 PYTORCH = ">=2.4"
 
+_ANY_NUMBER = [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+
 # Each method of `keras.optimizers.Optimizer` that is replaced or called, with the parameters relied on. Some are
 # public: they are replaced by methods that take the same.
 HOOKS = {
@@ -93,6 +95,8 @@ def _check_hooks() -> None:
         if hook is None:
             _refuse(f"keras.optimizers.Optimizer has no `{name}`")
         found = inspect.signature(hook).parameters
+        if [x.kind for x in found.values()] == _ANY_NUMBER:
+            continue  # of another library, which hands on whatever it gets
         names, further = tuple(found), list(found.values())[len(parameters) :]
         if names[: len(parameters)] != parameters or any(map(_is_required, further)):
             _refuse(
@@ -101,8 +105,7 @@ def _check_hooks() -> None:
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
-    of_any_number = (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    return parameter.default is parameter.empty and parameter.kind not in of_any_number
+    return parameter.default is parameter.empty and parameter.kind not in _ANY_NUMBER
 
 
 def _check_attributes() -> None:

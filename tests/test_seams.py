@@ -105,6 +105,17 @@ def test_a_hook_may_take_further_parameters_that_can_be_left_out(monkeypatch):
     seams.check()
 
 
+def test_a_hook_that_another_library_has_wrapped_is_let_pass(monkeypatch):
+    """Of a wrapper that takes anything it cannot be told what it needs."""
+    hook = keras.optimizers.Optimizer.apply_gradients
+
+    def wrapper(*args, **kwargs):
+        return hook(*args, **kwargs)
+
+    monkeypatch.setattr(keras.optimizers.Optimizer, "apply_gradients", wrapper)
+    seams.check()
+
+
 def changed_copy(module, old, new):
     """Return a copy of a module of Keras with another source; Keras itself does not learn of it."""
     source = inspect.getsource(module)
