@@ -138,6 +138,68 @@ def test_state_whose_tensors_were_replaced(dtype, options):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("float32", {}), ("bfloat16", {}), ("float16", {}), ("float32", {"state_dtype": "bfloat16"})],
+)
+def test_variables_of_one_tensor(dtype, options):
+    """Each is updated from what the one before left, as by separate optimizers."""
+    rng = np.random.default_rng(0)
+    variables = [keras.Variable([1.0, -2.0, 0.5], dtype=dtype) for _ in range(2)]
+    variables[1]._value = variables[0]._value
+    optimizer = keras_adam.Adam(0.1, **options)
+    moments = [reference.Adam([np.zeros(3)], learning_rate=0.1) for _ in variables]
+    want = np.array([1.0, -2.0, 0.5])
+    for gradients in rng.normal(size=(5, 2, 3)).astype("float32"):
+        tensors = [torch.tensor(g).to(variables[0].value.dtype) for g in gradients]
+        optimizer.apply(tensors, variables)
+        for oracle, gradient in zip(moments, arrays(tensors), strict=True):
+            oracle.parameters = [want]
+            oracle.step([gradient])
+            want = oracle.parameters[0]
+    half = "bfloat16" in (dtype, *options.values())
+    tolerance = TOLERANCES["bfloat16" if half else dtype]
+    np.testing.assert_allclose(*arrays([variables[0].value.float(), want]), **tolerance)
+
+
+GRADIENT_KINDS = {
+    # As of the imaginary part of a conjugate; such a gradient of a scalar is contiguous.
+    "negated_view": lambda x: torch._neg_view(torch.tensor(-x).float()),
+    "whole_numbers": lambda x: torch.tensor(x).long(),
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clipnorm": 0.5}, {"global_clipnorm": 0.5}, {"clipvalue": 0.5}, {"skip_nonfinite": True}],
+    ids=lambda options: "".join(options) or "plain",
+)
+@pytest.mark.parametrize("kind", GRADIENT_KINDS)
+def test_a_gradient_of_another_kind(kind, options):
+    variables = [keras.Variable(x, dtype="float32") for x in STARTS]
+    optimizer = keras_adam.Adam(0.1, **options)
+    clipping = {k: v for k, v in options.items() if k != "skip_nonfinite"}
+    oracle = reference.Adam(STARTS, learning_rate=0.1, **clipping)
+    for step in range(3):
+        gradients = [np.round(x + step) for x in STARTS]
+        oracle.step(gradients)
+        optimizer.apply([GRADIENT_KINDS[kind](g) for g in gradients], variables)
+        check(variables, oracle)
+
+
+def test_the_gradient_of_an_imaginary_part():
+    variables = [keras.Variable(1.0), keras.Variable(2.0)]
+    optimizer = keras_adam.Adam(0.1)
+
+    def loss():
+        number = torch.complex(variables[0].value, variables[1].value)
+        return (number.conj() * (1 + 2j)).abs()  # of which only the sum of squares counts
+
+    optimizer.minimize(loss, variables)
+    for variable, want in zip(variables, (0.9, 1.9), strict=True):
+        np.testing.assert_allclose(float(variable), want, **TOLERANCES["float32"])
+
+
 MODES = {
     "inference": torch.inference_mode,
     "autocast_bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),

@@ -116,6 +116,8 @@ class Backend:
         )
         if not all(map(torch.Tensor.is_contiguous, grads)):
             grads = [g.contiguous() for g in grads]
+        if any(map(torch.Tensor.is_neg, grads)):  # as of the imaginary part of a conjugate
+            grads = [g.resolve_neg() for g in grads]
         if tensors.in_pieces:
             # Joined as they are, gradients of several dtypes would be rounded to one of these.
             if len({g.dtype for g in grads}) > 1:
@@ -196,7 +198,7 @@ class Backend:
 
     def _are_finite(self, values):
         # The one thing that is read from the device in a step, as by PyTorch's own `GradScaler`.
-        values = [x for x in values if x.numel()]
+        values = [x for x in values if x.numel() and x.is_floating_point()]
         largest = torch._foreach_norm(values, float("inf")) if values else [torch.zeros(())]
         return bool(torch.stack(largest).isfinite().all())
 
@@ -337,7 +339,7 @@ def _alike(targets, values):
 
 def _widened(values):
     values = [keras.ops.convert_to_tensor(x) for x in values]
-    return [x.float() if x.dtype.itemsize < 4 else x for x in values]
+    return [x if x.is_floating_point() and x.dtype.itemsize >= 4 else x.float() for x in values]
 
 
 # How many elements of half precision are updated at once. Float32 copies of all of them would take more memory than
@@ -370,9 +372,12 @@ class _Tensors:
             self.step = torch.zeros((), dtype=torch.float32, device=self.device)
         self.steps = [self.step] * len(self.parameters)
         state = (*self.m, *self.v, *self.s)
+        filled = [x.data_ptr() for x in self.parameters if x.numel()]
         # The kernel walks through memory, all tensors in step, and knows one dtype at a time.
         self.serve = (
             self.device.type in _FUSED_DEVICES
+            # Of variables that share their tensor, each is updated from what the one before left.
+            and len(set(filled)) == len(filled)
             and all(x.dtype is (torch.bfloat16 if self.has_half_state else wide) for x in state)
             and all(x.dtype is self.dtype for x in self.parameters)
             and all(
