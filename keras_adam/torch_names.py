@@ -19,32 +19,38 @@ _Key = tuple[str, ...]
 def meanings(names: Sequence[str], paths: Sequence[str]) -> dict[int, int]:
     """Return which of `paths` each of `names` means, as positions; what is not certain is left out.
 
-    A name means a path that is the same; or the same but for separators and the words of `_WORDS`; or that, without
-    the enclosing names that all names, or all paths, have in common; or that, where one ends in the other. Each time
-    there must be one such path for the name, and one such name for the path.
+    A name means a path that is the same; or the same but for separators, also without the enclosing names that all
+    names, or all paths, have in common. Of the rest it means one that is the same but for the words of `_WORDS` too; or
+    that, where one ends in the other. Each time there must be one such path for the name, and one such name for the
+    path.
     """
     bare_names, bare_paths = _without_common(names), _without_common(paths)
+    exact_names, exact_paths = [{_tokens(n)} for n in names], [{_tokens(p)} for p in paths]
     whole_names, whole_paths = [_spellings(n) for n in names], [_spellings(p) for p in paths]
-    inner_names = [keys | _spellings(n) for keys, n in zip(whole_names, bare_names, strict=True)]
-    inner_paths = [keys | _spellings(p) for keys, p in zip(whole_paths, bare_paths, strict=True)]
     longer = _candidates(whole_names, [_endings(p) for p in paths])
     shorter = _candidates([_endings(n) for n in names], whole_paths)
-    levels = [
-        _candidates([{(n,)} for n in names], [{(p,)} for p in paths]),
-        _candidates(whole_names, whole_paths),
-        _candidates(inner_names, inner_paths),
-        [one | other for one, other in zip(longer, shorter, strict=True)],
-    ]
     meant: dict[int, int] = {}
-    for candidates in levels:
-        claims = Counter(path for some in candidates for path in some)
-        certain = {
-            name: next(iter(some))
-            for name, some in enumerate(candidates)
-            if len(some) == 1 and claims[next(iter(some))] == 1
-        }
-        taken = set(meant.values())
-        meant |= {n: p for n, p in certain.items() if n not in meant and p not in taken}
+    for candidates in (
+        _candidates([{(n,)} for n in names], [{(p,)} for p in paths]),
+        _candidates(exact_names, exact_paths),
+        _candidates(
+            [keys | {_tokens(n)} for keys, n in zip(exact_names, bare_names, strict=True)],
+            [keys | {_tokens(p)} for keys, p in zip(exact_paths, bare_paths, strict=True)],
+        ),
+    ):
+        meant |= _certain(candidates, meant)
+    # What is the same by the letter is no candidate for what is so by a word: "scale", beside "weight", is no kernel.
+    exact, taken = set(meant), set(meant.values())
+    for candidates in (
+        _candidates(whole_names, whole_paths),
+        _candidates(
+            [keys | _spellings(n) for keys, n in zip(whole_names, bare_names, strict=True)],
+            [keys | _spellings(p) for keys, p in zip(whole_paths, bare_paths, strict=True)],
+        ),
+        [one | other for one, other in zip(longer, shorter, strict=True)],
+    ):
+        rest = [set() if i in exact else some - taken for i, some in enumerate(candidates)]
+        meant |= _certain(rest, meant)
     return meant
 
 
@@ -93,6 +99,16 @@ def _candidates(names: Sequence[set[_Key]], paths: Sequence[set[_Key]]) -> list[
         for key in keys:
             by_key[key].add(position)
     return [set().union(*(by_key.get(key, set()) for key in keys)) for keys in names]
+
+
+def _certain(candidates: Sequence[set[int]], meant: dict[int, int]) -> dict[int, int]:
+    """Return the names that have one candidate, which is no other name's, without what is in `meant`."""
+    claims = Counter(path for some in candidates for path in some)
+    certain = {name: next(iter(some)) for name, some in enumerate(candidates) if len(some) == 1}
+    taken = set(meant.values())
+    return {
+        n: p for n, p in certain.items() if claims[p] == 1 and n not in meant and p not in taken
+    }
 
 
 def _parts(path: str) -> list[str]:

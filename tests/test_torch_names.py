@@ -445,6 +445,37 @@ def test_what_all_have_in_common_tells_nothing():
     assert torch_names.meanings(["weight"], ["dense/kernel"]) == {0: 0}
 
 
+@pytest.mark.parametrize(
+    ("names", "paths"),
+    [
+        (["gamma", "weight", "beta", "bias"], ["m/a/gamma", "m/a/weight", "m/a/beta", "m/a/bias"]),
+        (["a.scale", "a.weight", "b.bias"], ["m/a/scale", "m/a/kernel", "m/b/beta"]),
+        (["a.bias", "a.beta"], ["a/bias", "a/beta"]),
+        (["a.weight", "a.scale"], ["a/weight", "a/gamma"]),
+    ],
+)
+def test_what_is_the_same_by_the_letter_comes_before_what_is_by_a_word(rng, names, paths):
+    order = rng.permutation(len(names))
+    assert torch_names.meanings(names, [paths[i] for i in order]) == {
+        int(i): position for position, i in enumerate(order)
+    }
+
+
+def test_a_scale_beside_a_weight():
+    """Of one shape, in another order, one would get the other's moments without a word."""
+    names = ["norm.scale", "norm.weight"]
+    theirs = trained([[(name, nn.Parameter(torch.ones(3))) for name in names]])
+    with keras.name_scope("norm"):
+        variables = [
+            keras.Variable(np.ones(3, "float32"), name=name) for name in ("gamma", "scale")
+        ]
+    optimizer = built(variables)
+    optimizer.load_state_dict(theirs.state_dict())
+    want = moments_of(theirs)
+    np.testing.assert_array_equal(array(optimizer._momentums[0]), want["norm.weight"])
+    np.testing.assert_array_equal(array(optimizer._momentums[1]), want["norm.scale"])
+
+
 def test_many_names_are_quick():
     """The matching is by keys, not pair by pair."""
     paths = [f"encoder/layer_{i}/block_{j}/kernel" for i in range(40) for j in range(50)]
