@@ -42,6 +42,42 @@ def test_nine_axes(options, dtype):
     np.testing.assert_allclose(actual, expected.parameters[0], **TOLERANCES[dtype])
 
 
+ARRAYS = {
+    "variable": lambda g: keras.Variable(g, dtype="float32"),
+    "NumPy": lambda g: np.array(g),
+    "list": lambda g: g,
+    "whole numbers": lambda g: np.array(g, "int32"),
+}
+
+
+@pytest.mark.parametrize("mode", ["whole", "pieces", *["stateless"] * (BACKEND == "jax")])
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_gradients_that_are_no_tensors(kind, mode):
+    """A variable is where a loop of one's own sums its gradients; `mode` is how JAX takes the step."""
+    starts, gradients = [[1.0, 2.0], 3.0], [[2.0, -1.0], 4.0]
+    variables = [keras.Variable(x) for x in starts]
+    optimizer = keras_adam.Adam(0.1, weight_decay=0.1)
+    expected = reference.Adam(starts, learning_rate=0.1, weight_decay=0.1)
+    given = [ARRAYS[kind](g) for g in gradients]
+    if mode == "pieces":
+        optimizer.build(variables)
+        optimizer.learning_rate = lambda: 0.1  # such a step is not compiled
+    for _ in range(3):
+        expected.step(gradients)
+        if mode != "stateless":
+            optimizer.apply(given, variables)
+            continue
+        optimizer.build(variables)
+        known = variables, optimizer.variables
+        values = [[keras.ops.copy(v.value) for v in of_kind] for of_kind in known]
+        new = optimizer.stateless_apply(values[1], given, values[0])
+        for of_kind, renewed in zip(known, new, strict=True):
+            for variable, value in zip(of_kind, renewed, strict=True):
+                variable.assign(value)
+    for variable, value in zip(variables, expected.parameters, strict=True):
+        np.testing.assert_allclose(variable.numpy(), value, **FLOAT32)
+
+
 def test_nine_axes_overwritten_with_averages():
     start = np.full(NINE, 2.0)
     variable = keras.Variable(start, dtype="float32", name="nine")

@@ -24,6 +24,7 @@ _MOST_COUNTED = 256  # kinds of which it is counted how often they came
 _OFTEN = 200  # steps of one kind, from which on compiling it pays
 _MOST_AT_ONCE = 256  # variables of which a step is compiled when it comes first
 _PIECE = 16  # variables that are alike and updated by one compiled call, where the step is not compiled as a whole
+_NO_ARRAYS = (keras.Variable, list, tuple, int, float)
 # Constants of a compiled step.
 _CONSTANTS = (
     "use_ema",
@@ -67,7 +68,7 @@ class Backend:
     def _apply(self, grads, trainable_variables):
         # As one compiled call when called eagerly; operation by operation it would take a hundred times as long.
         # Nothing is donated: the caller may hold the arrays.
-        grads = list(grads)
+        grads = [_as_array(g) for g in grads]
         is_eager = not self._is_traced(grads) and self._iterations.value is self._iterations._value
         if grads and is_eager:
             self._check_count_at_most()
@@ -360,6 +361,13 @@ class Backend:
         for variable, value in zip(variables, values, strict=True):
             # What leaves the loop may be split otherwise than what was assigned in it.
             variable.assign(_laid_out_like(variable, value) if self.shard_state else value)
+
+
+def _as_array(gradient):
+    """Return the value of a variable, or an array of a list or a number; `jax.jit` takes none of them as one array."""
+    if isinstance(gradient, _NO_ARRAYS):
+        return keras.ops.convert_to_tensor(gradient)
+    return gradient
 
 
 def _pieces(count: int):
