@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_adam.bits import root, view
+from keras_adam.bits import root, view, with_derivative_of
 
 # The greatest number of each dtype whose square is finite, less a little for what rounding may add.
 _ROOTS = {"float32": (1 - 2.0**-20) * 2.0**64, "float64": (1 - 2.0**-20) * 2.0**512}
@@ -161,7 +161,7 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
     With `dither`, a number in [0, 1) that takes all values equally often, it goes up as often as `x` is near the upper
     neighbour, so that steps smaller than the spacing add up on average.
 
-    By integer arithmetic: compilers take a cast there and back for nothing.
+    By integer arithmetic: compilers take a cast there and back for nothing. On JAX its derivative is 1, as a cast's is.
     """
     drop = _DROPPED[dtype]
     bits = view(x, "int32")
@@ -174,7 +174,8 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
         small = x / _SMALLEST
         small = ops.round(small) if dither is None else ops.floor(small + dither)
         result = where(ops.absolute(x) < 2.0**-14, small * _SMALLEST, result)
-    return where(ops.isnan(x), x, result)  # the addition may have carried a NaN into the sign
+    result = where(ops.isnan(x), x, result)  # the addition may have carried a NaN into the sign
+    return with_derivative_of(result, x)
 
 
 def dither(t: Tensor) -> Tensor:

@@ -115,6 +115,32 @@ def test_derivative_of_a_step_where_a_gradient_is_zero(name):
     assert np.isfinite(hessian).all()
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="only on JAX is a step a function without effects")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+def test_derivative_of_steps_in_half_precision(dtype, state_dtype):
+    """Rounding counts as having the derivative 1; the oracle is the same in float32."""
+    import jax
+
+    def derivative(dtype, state_dtype):
+        variable = keras.Variable([1.0, 2.0, 0.5], dtype=dtype)
+        optimizer = keras_adam.Adam(0.1, epsilon=0.1, weight_decay=0.5, state_dtype=state_dtype)
+        optimizer.build([variable])
+        state = [v.value for v in optimizer.variables]
+
+        def loss(start):
+            values, now = [start], state
+            for _ in range(3):
+                gradient = values[0] * np.array([1.0, 0.0, -1.0], dtype)
+                values, now = optimizer.stateless_apply(now, [gradient], values)
+            return (values[0].astype("float32") * np.array([1.0, 2.0, 3.0])).sum()
+
+        return jax.jit(jax.grad(loss))(variable.value).astype("float32")
+
+    expected = derivative("float32", None)
+    np.testing.assert_allclose(derivative(dtype, state_dtype), expected, rtol=0.02)
+
+
 @pytest.mark.skipif(BACKEND == "jax", reason="tested on a whole step")
 def test_derivative_of_the_rule_where_a_gradient_is_zero():
     """On PyTorch a square root has no derivative at 0: there `apply` is not differentiated in any case."""
