@@ -60,6 +60,13 @@ class PortableAdam(State):
     The methods whose names begin with `_backend`, and the last few, are what a backend may do its own way.
     """
 
+    _own_hooks: dict[str, Any]  # as they are when the package is imported
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("keras_adam."):
+            cls._own_hooks = {name: getattr(cls, name) for name in STEP_HOOKS}
+
     def apply_gradients(self, grads_and_vars):
         """Apply (gradient, variable) pairs and return the iterations; no pair, no step."""
         grads_and_vars = list(grads_and_vars)
@@ -409,6 +416,8 @@ class PortableAdam(State):
     def _buckets(self, variables) -> list[Bucket]:
         """Group variables that one kernel can update together; computed once for the same list of variables."""
         key = tuple(map(id, variables))
+        if self._overrides("_use_weight_decay"):  # it may tell something else in each step
+            key += tuple(map(self._use_weight_decay, variables))
         if key not in self._bucket_cache:
             members: dict[tuple[Any, ...], list[int]] = {}
             for position, variable in enumerate(variables):
@@ -436,10 +445,9 @@ class PortableAdam(State):
         return Bucket(group, start, dtype, decays, positions, chosen, moments, lost)
 
     def _overrides(self, *hooks: str) -> bool:
-        """Whether a subclass, or this very optimizer, has one of the hooks of its own, which must be called."""
-        ours = next(c for c in type(self).__mro__ if c.__module__.startswith("keras_adam."))
+        """Whether one of the hooks is not ours: a subclass's, this very optimizer's, or put into our class."""
         return any(
-            name in self.__dict__ or getattr(type(self), name) is not getattr(ours, name)
+            name in self.__dict__ or getattr(type(self), name) is not self._own_hooks[name]
             for name in hooks
         )
 

@@ -209,6 +209,41 @@ def test_hook_of_one_optimizer_alone(hook):
     np.testing.assert_allclose(to_numpy([variable])[0], [-0.3], **TOLERANCES["float32"])
 
 
+@pytest.mark.parametrize("hook", ["update_step", "_backend_update_step", "_clip_gradients"])
+def test_hook_that_is_put_into_the_class(hook, monkeypatch):
+    """As `unittest.mock` and libraries that watch a training do."""
+    original, called = getattr(keras_adam.Adam, hook), []
+
+    def own(self, *arguments):
+        called.append(hook)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(keras_adam.Adam, hook, own)
+    variable = keras.Variable([0.0])
+    optimizer = keras_adam.Adam(0.1)
+    for _ in range(3):
+        optimizer.apply([ops.ones(1)], [variable])
+    assert called == [hook] * 3
+    np.testing.assert_allclose(to_numpy([variable])[0], [-0.3], **TOLERANCES["float32"])
+
+
+def test_weight_decay_that_ends():
+    """With gradients of zero, three steps shrink the weight by a twentieth each; those after them do nothing."""
+
+    class Ending(keras_adam.Adam):
+        decays = True
+
+        def _use_weight_decay(self, variable):
+            return self.decays and super()._use_weight_decay(variable)
+
+    variable, optimizer = keras.Variable([1.0, 2.0]), Ending(0.1, weight_decay=0.5)
+    for step in range(6):
+        optimizer.decays = step < 3
+        optimizer.apply([ops.zeros(2)], [variable])
+    expected = np.array([1.0, 2.0]) * 0.95**3
+    np.testing.assert_allclose(to_numpy([variable])[0], expected, **TOLERANCES["float32"])
+
+
 def test_state_of_a_subclass_is_saved(tmp_path, rng):
     x, y = rng.standard_normal((8, 3)), rng.standard_normal((8, 1))
 
