@@ -477,6 +477,7 @@ class State(keras.optimizers.Optimizer):
         place = {id(variable): i for i, variable in enumerate(in_order)}
         return sorted(self._entries(), key=lambda e: place.get(id(e.variable), len(in_order)))
 
+    @seams.without_autocast()
     def save_own_variables(self, store) -> None:
         """Write the state into a store of `keras.saving`."""
         state = (entry.saved(self._whole) for entry in self._entries_in_order())
@@ -487,6 +488,7 @@ class State(keras.optimizers.Optimizer):
         scalars = {s.role: s for s in state}
         checkpoint.save(store, [scalars.get(s.role, s) for s in self._pending_state])
 
+    @seams.without_autocast()
     def load_own_variables(self, store) -> None:
         """Read the state from a store of `keras.saving`; before `build`, it is kept until then.
 
@@ -632,6 +634,7 @@ class State(keras.optimizers.Optimizer):
         values = sorted(set(joined) - {0})
         return values, [values.index(j) if j else None for j in joined]
 
+    @seams.without_autocast()
     def set_weights(self, weights) -> None:
         """Set all state variables, in the order of `self.variables`, from arrays or variables.
 

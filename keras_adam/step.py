@@ -505,6 +505,7 @@ class PortableAdam(State):
     def _has_started(self, start: int | None):
         return ops.not_equal(self.iterations, 0 if start is None else self._starts[start])
 
+    @seams.without_autocast()
     def finalize_variable_values(self, var_list) -> None:
         """End a training, as Keras's `fit` does: overwrite the variables with their averages, if there are any.
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_adam import habits, hyperparameters, rule, torch_names
+from keras_adam import habits, hyperparameters, rule, seams, torch_names
 from keras_adam.groups import ParamGroup, check_implementation, check_pair
 from keras_adam.layouts import Layouts
 from keras_adam.paths import path_of
@@ -118,6 +118,7 @@ class TorchVocabulary(State):
 
     # State
 
+    @seams.without_autocast()
     def state_dict(
         self,
         variables: Sequence[Any] | None = None,

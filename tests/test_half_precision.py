@@ -679,3 +679,33 @@ def test_step_within_a_layer_of_mixed_precision(options, dtype, built):
     assert ("compensation" in optimizer.variables[-1].path) == (dtype == "float16")
     for x in (*optimizer._momentums, *optimizer._velocities):
         assert keras.backend.standardize_dtype(x._value.dtype) == "float32"
+
+
+def test_state_within_a_layer_of_mixed_precision():
+    """There a variable of float32 gives itself as float16, which is no value to save or to restore."""
+    variable = keras.Variable([1.2345678, 2.3456789], name="v")
+    optimizer = keras_adam.Adam(0.01, use_ema=True, ema_momentum=0.5)
+    for gradient in ([0.1234567, 0.2], [0.3, -0.7654321]):
+        optimizer.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+    plain, within = {}, {}
+    optimizer.save_own_variables(plain)
+    other_variable = keras.Variable([0.0, 0.0], name="v")
+    other, loaded = (keras_adam.Adam(0.01, use_ema=True, ema_momentum=0.5) for _ in range(2))
+    other.build([other_variable])
+    loaded.build([other_variable])
+    expected = [keras.ops.convert_to_numpy(x) for x in optimizer.variables]
+    with AutocastScope("float16"):
+        optimizer.save_own_variables(within)
+        other.set_weights(optimizer.variables)
+        loaded.load_own_variables(plain)
+        torch_s = optimizer.state_dict()
+        optimizer.finalize_variable_values([variable])
+    for name, value in plain.items():
+        np.testing.assert_array_equal(within[name], value, strict=True)
+    for of_one in (other, loaded):
+        for x, value in zip(of_one.variables, expected, strict=True):
+            np.testing.assert_array_equal(keras.ops.convert_to_numpy(x), value)
+    saved = [np.asarray(torch_s["state"][0][key]) for key in ("exp_avg", "exp_avg_sq")]
+    np.testing.assert_array_equal(saved, expected[-2:], strict=True)
+    average = next(v for v in optimizer.variables if "average" in v.path)
+    np.testing.assert_array_equal(variable.numpy(), average.numpy())
