@@ -51,7 +51,7 @@ def reference(steps, amsgrad=False, weight_decay=0.0):
 
 
 def whole_value(optimizer, variable):
-    lost = optimizer._compensation_of(variable)
+    lost = optimizer._parameters[variable].array("value")
     rest = 0.0 if lost is None else value_of(lost) / (2**11 if variable.dtype == "float16" else 1)
     return float(value_of(variable) + rest)
 

@@ -148,7 +148,9 @@ class ParamGroup(Mapping):
                 values[name] = hyperparameters.shown(value)
         selected = "the others" if self is default else _shown_selector(self.selector)
         count = len(self.variables)
-        members = f"{count} variable{'s' * (count != 1)}" if self._optimizer._known else "not built"
+        members = (
+            f"{count} variable{'s' * (count != 1)}" if self._optimizer._parameters else "not built"
+        )
         numbers = ", ".join(f"{name}={value}" for name, value in values.items())
         return f"<ParamGroup of {selected}, {members}: {numbers}>"
 
@@ -231,11 +233,19 @@ class ParamGroup(Mapping):
         return ops.convert_to_tensor(self.current_numbers(), dtype)
 
     def scalars(
-        self, learning_rate, iterations, t, dtype: str, compiling: bool, for_kernel: bool = False
+        self,
+        learning_rate,
+        iterations,
+        t,
+        dtype: str,
+        compiling: bool,
+        for_kernel: bool,
+        step_scalars: Callable[..., rule.Scalars],
     ) -> rule.Scalars:
         """Return the scalars of step `t`; `learning_rate` is the optimizer's current one.
 
-        `for_kernel`: the update is done by a kernel that takes the betas in `dtype`.
+        `for_kernel`: the update is done by a kernel that takes the betas in `dtype`. `step_scalars` does what
+        `rule.step_scalars` does.
         """
         now = self._now(iterations, dtype, compiling)
         if self.stored is None:
@@ -250,7 +260,7 @@ class ParamGroup(Mapping):
         rates = [now["beta_1"], now["beta_2"]]
         if for_kernel:
             rates = [rule.representable(rate_, dtype) for rate_ in rates]
-        return self._optimizer._step_scalars(
+        return step_scalars(
             self.options,
             learning_rate=rate,
             rate_1=rates[0],
@@ -317,13 +327,13 @@ class ParamGroup(Mapping):
     def check_settable(self, name: str, value: Any) -> None:
         """Raise if a compiled step would not notice that `name` was set to `value`."""
         dynamic = hyperparameters.is_dynamic
-        if self._optimizer._traced and (dynamic(value) or dynamic(self._numeric[name])):
+        if self._optimizer._trace.is_traced and (dynamic(value) or dynamic(self._numeric[name])):
             raise TypeError(
                 f"`{name}` of a parameter group is part of a compiled step where it is, or becomes, a schedule or a "
                 "callable: it can be set to or from one before the first compiled step only. "
                 f"Received: {name}={value!r}"
             )
-        if self._optimizer._traced and (self.stored is None or self._is_constant):
+        if self._optimizer._trace.is_traced and (self.stored is None or self._is_constant):
             raise ValueError(
                 f"`{name}` is a constant of the train step that was compiled already. For numbers that can be set "
                 "while training, give the optimizer parameter groups from the start, if only `param_groups=[]`. "

@@ -6,10 +6,9 @@ from typing import Any
 import keras
 
 from keras_adam import groups, habits, hyperparameters, rule, settings
-from keras_adam.backends import Backend
 from keras_adam.groups import DecayExclusions
+from keras_adam.keras_api import KerasVocabulary
 from keras_adam.settings import Setting
-from keras_adam.step import PortableAdam
 from keras_adam.torch_api import TorchVocabulary
 
 
@@ -42,7 +41,7 @@ class _SkipNonfinite(Setting):
 
 
 @keras.saving.register_keras_serializable("keras_adam")
-class Adam(Backend, TorchVocabulary, PortableAdam):
+class Adam(TorchVocabulary, KerasVocabulary):
     """Adam: a drop-in for `keras.optimizers.Adam` with the options of `torch.optim.Adam`.
 
     With its defaults it computes what `keras.optimizers.Adam` computes, on each backend. The hyperparameters
@@ -244,7 +243,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             )
         if isinstance(self._learning_rate, keras.Variable):
             groups.check_held(self._learning_rate, "learning_rate", learning_rate)
-        if not self._is_compiling():
+        if not self._engine.is_compiling():
             learning_rate = hyperparameters.check_number("learning_rate", learning_rate)
             self._given_learning_rate = learning_rate
         if isinstance(self._learning_rate, keras.Variable):
@@ -277,7 +276,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         if isinstance(rate, keras.Variable):
             return rate
         return hyperparameters.resolve(
-            "learning_rate", rate, self._iterations, self._is_compiling()
+            "learning_rate", rate, self._iterations, self._engine.is_compiling()
         )
 
     def __repr__(self) -> str:
@@ -306,7 +305,7 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
             ValueError: If the optimizer is already built.
             TypeError: If `var_names` is a string.
         """
-        if self._known:
+        if self._parameters:
             raise ValueError(
                 "`exclude_from_weight_decay()` can only be configured before the optimizer is built."
             )
@@ -344,7 +343,9 @@ class Adam(Backend, TorchVocabulary, PortableAdam):
         if self._has_groups:
             of = self._groups.index(self._default_group)
             described = [
-                None if g is self._default_group else g.get_config(self._default_group, self._known)
+                None
+                if g is self._default_group
+                else g.get_config(self._default_group, self._parameters.variables)
                 for g in self._groups
             ]
             config["param_groups"] = described[:of]

@@ -15,6 +15,7 @@ import keras
 from keras import ops
 
 from keras_adam.bits import root, view, with_derivative_of
+from keras_adam.tensors import compute_dtype
 
 # The greatest number of each dtype whose square is finite, less a little for what rounding may add.
 _ROOTS = {"float32": (1 - 2.0**-20) * 2.0**64, "float64": (1 - 2.0**-20) * 2.0**512}
@@ -126,7 +127,7 @@ def bounded(g: Tensor) -> Tensor:
     stays one: the step shows it.
     """
     largest = _ROOTS[keras.backend.standardize_dtype(g.dtype)]
-    return ops.where(ops.isinf(g), g, ops.clip(g, -largest, largest))
+    return where(ops.isinf(g), g, ops.clip(g, -largest, largest))
 
 
 def adam_step(
@@ -176,6 +177,30 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
         result = where(ops.absolute(x) < 2.0**-14, small * _SMALLEST, result)
     result = where(ops.isnan(x), x, result)  # the addition may have carried a NaN into the sign
     return with_derivative_of(result, x)
+
+
+def clipped(g: Tensor, limit: Tensor) -> Tensor:
+    """Return a gradient, each element of at most `limit` in size."""
+    return ops.clip(g, -limit, limit)
+
+
+def norm(values: list[Tensor]) -> Tensor:
+    """Return the norm of all values together, in float32 at least."""
+    squares = [ops.sum(ops.square(x)) for x in values]
+    wide = any(compute_dtype(x.dtype) == "float64" for x in squares)
+    return root(sum(ops.cast(x, "float64" if wide else "float32") for x in squares))
+
+
+def clipped_to_norm(g: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
+    """Return a gradient, scaled down if `norm`, which it is a part of, is above `limit`."""
+    limit = ops.convert_to_tensor(limit, norm.dtype)
+    return g * ops.cast(limit / maximum(limit, norm), g.dtype)
+
+
+def moving_average(average: Tensor, p: Tensor, momentum: Tensor, started: Tensor) -> Tensor:
+    """Return the exponential moving average after `p`; the first `p`, before which it has not `started`, sets it."""
+    keep = ops.cast(started, average.dtype) * momentum
+    return keep * average + complement(keep) * p
 
 
 def dither(t: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ _ANY_NUMBER = [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 # Each method of `keras.optimizers.Optimizer` that is replaced or called, with the parameters relied on. Some are
 # public: they are replaced by methods that take the same.
 HOOKS = {
-    "_backend_apply_gradients": ("self", "grads", "trainable_variables"),
-    "_backend_increment_gradient_accumulators": ("self", "grads", "acc_grads"),
     "_backend_update_step": ("self", "grads", "trainable_variables", "learning_rate"),
     "_check_super_called": ("self",),
     "_check_variables_are_known": ("self", "variables"),
@@ -48,6 +46,20 @@ HOOKS = {
     "stateless_apply": ("self", "optimizer_variables", "grads", "trainable_variables"),
     "update_step": ("self", "gradient", "variable", "learning_rate"),
 }
+# Those that a step calls. One that a subclass has of its own must be called in each step.
+STEP_HOOKS = (
+    "_backend_update_step",
+    "_clip_gradients",
+    "_filter_empty_gradients",
+    "_get_current_learning_rate",
+    "_overwrite_model_variables_with_average_value",
+    "_overwrite_variables_directly_with_gradients",
+    "_update_model_variables_moving_average",
+    "_use_weight_decay",
+    "assign",
+    "assign_sub",
+    "update_step",
+)
 if keras.backend.backend() == "tensorflow":  # what `tf.train.Checkpoint` asks of an object
     HOOKS |= {
         "_lookup_dependency": ("self", "name", "cached_dependencies"),

@@ -42,13 +42,13 @@ class Setting:
 
     def _check_can_change(self, optimizer, value) -> None:
         name = self.name
-        if self.makes_state and optimizer._known:
+        if self.makes_state and optimizer._parameters:
             why = "decides which state variables there are, and the optimizer is built"
             instead = (
                 "Make a new optimizer, which begins anew: "
                 f"`type(optimizer).from_config({{**optimizer.get_config(), '{name}': {value!r}}})`"
             )
-        elif optimizer._traced:
+        elif optimizer._trace.is_traced:
             why = "is a constant of the train step that was compiled already"
             instead = (
                 "Set it on a copy, which keeps the state, `new = copy.deepcopy(optimizer)`, and compile the model "

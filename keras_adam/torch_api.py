@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -15,9 +14,9 @@ from keras_adam.state import State
 
 # Between PyTorch's names in a state dict and ours.
 _MOMENTS = {
-    "exp_avg": "_momentums",
-    "exp_avg_sq": "_velocities",
-    "max_exp_avg_sq": "_velocity_hats",
+    "exp_avg": "momentum",
+    "exp_avg_sq": "velocity",
+    "max_exp_avg_sq": "velocity_hat",
 }
 _PYTORCH_NAMES = {"learning_rate": "lr", "beta_1": "betas", "beta_2": "betas", "epsilon": "eps"}
 _IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
@@ -157,7 +156,7 @@ class TorchVocabulary(State):
                     "PyTorch's format holds AMSGrad's maximum of the raw second moment only; `model.save` keeps any. "
                     "Received: a parameter group with amsgrad='corrected'"
                 )
-        layouts = Layouts(self._known, convert)
+        layouts = Layouts(self._parameters.variables, convert)
         wrap = np.array if as_numpy else _torch().from_numpy
         number, state = 0, {}
         dictionaries = []
@@ -171,7 +170,9 @@ class TorchVocabulary(State):
                     **{name: group[name] for name in rule.Options._fields},
                     **{name: group[name] for name in _IMPLEMENTATION},
                     "params": list(range(number, number + len(members))),
-                    "param_names": [path_of(self._known[index]) for index in members],
+                    "param_names": [
+                        path_of(self._parameters.variables[index]) for index in members
+                    ],
                 }
             )
             for index in members:
@@ -223,13 +224,19 @@ class TorchVocabulary(State):
         )
         parameters = _parameters(state_dict, packed)
         names = dict(zip(parameters, _names_of(state_dict["param_groups"]), strict=False))
-        of_keras = [self._known[parameters[n]] for n in names if torch_names.of_keras(names[n])]
-        layouts = Layouts(self._known, convert, alike=of_keras)
-        plan, steps = [], [0] * len(self._known)
+        of_keras = [
+            self._parameters.variables[parameters[n]]
+            for n in names
+            if torch_names.of_keras(names[n])
+        ]
+        layouts = Layouts(self._parameters.variables, convert, alike=of_keras)
+        plan, steps = [], [0] * len(self._parameters)
         for number, index in parameters.items():
             moments = state_dict["state"].get(number)
-            amsgrad = bool(self._group_of[index].options.amsgrad)
-            steps[index], arrays = layouts.read_moments(self._known[index], moments, amsgrad)
+            amsgrad = bool(self._parameters.records[index].group.options.amsgrad)
+            steps[index], arrays = layouts.read_moments(
+                self._parameters.variables[index], moments, amsgrad
+            )
             plan.append((index, arrays))
         changes = [self._check_torch_group(i, packed, state_dict) for i in range(len(packed))]
         implementations = {
@@ -238,7 +245,7 @@ class TorchVocabulary(State):
         }
         last = max(steps, default=0)
         joined = [last - step for step in steps]
-        self._check_starts(joined)
+        self._loading.check_joined(joined)
         # From here on nothing can fail.
         for (group, _), (options, numbers) in zip(packed, changes, strict=True):
             group.options = options
@@ -247,22 +254,24 @@ class TorchVocabulary(State):
             group.set_implementation(implementations[group])
         for index, arrays in plan:
             for name, attribute in _MOMENTS.items():
-                slot = self._slots(attribute)[index]
-                if slot is not None:
-                    slot.assign(arrays[name])
+                array = self._parameters.records[index].array(attribute)
+                if array is not None:
+                    array.assign(arrays[name])
         self._iterations.assign(last * (self.gradient_accumulation_steps or 1))
         if self.gradient_accumulation_steps:
-            self._backend_reset_gradient_accumulators()
-        self._set_starts(joined)
+            self._engine.reset(self._parameters.first_arrays("accumulator"))
+        self._loading.set_joined(joined)
 
     def _packed(self, variables) -> list[tuple[ParamGroup, list[int]]]:
         """Return the groups that have variables, each with their indices, in PyTorch's order."""
-        if not self._known:
+        if not self._parameters:
             raise ValueError(
                 "The optimizer has no state yet: call `optimizer.build(variables)` first."
             )
-        order = range(len(self._known)) if variables is None else self._order(variables)
-        packed = [(g, [i for i in order if self._group_of[i] is g]) for g in self._groups]
+        order = range(len(self._parameters)) if variables is None else self._order(variables)
+        packed = [
+            (g, [i for i in order if self._parameters.records[i].group is g]) for g in self._groups
+        ]
         return [(group, members) for group, members in packed if members]
 
     def _packed_by_name(
@@ -277,7 +286,7 @@ class TorchVocabulary(State):
         taken = set(given.values())
         if not names:
             return packed
-        paths = [path_of(v) for v in self._known]
+        paths = [path_of(v) for v in self._parameters.variables]
         order = [index for _, members in packed for index in members]
         meant = {
             position: index
@@ -298,7 +307,10 @@ class TorchVocabulary(State):
         packed, position = [], 0
         for i, theirs in enumerate(saved):
             members = [meant[position + k] for k in range(len(theirs["params"]))]
-            groups = {id(group): group for group in (self._group_of[index] for index in members)}
+            groups = {
+                id(group): group
+                for group in (self._parameters.records[index].group for index in members)
+            }
             if len(groups) != 1:
                 raise ValueError(
                     f"`param_groups[{i}]` of the state dict must hold the variables of one group of the optimizer. "
@@ -332,7 +344,7 @@ class TorchVocabulary(State):
 
     def _indices(self, variables, argument: str) -> list[int]:
         """Return the indices of some of the optimizer's variables, or of their paths."""
-        paths = [path_of(v) for v in self._known]
+        paths = [path_of(v) for v in self._parameters.variables]
         by_path = {path: i for i, path in enumerate(paths)}
         indices = []
         for variable in variables:
@@ -352,8 +364,10 @@ class TorchVocabulary(State):
 
     def _order(self, variables) -> list[int]:
         indices = self._indices(variables, "`variables`")
-        if sorted(indices) != list(range(len(self._known))):
-            missing = [path_of(v) for i, v in enumerate(self._known) if i not in indices]
+        if sorted(indices) != list(range(len(self._parameters))):
+            missing = [
+                path_of(v) for i, v in enumerate(self._parameters.variables) if i not in indices
+            ]
             raise ValueError(
                 "`variables` must hold each of the optimizer's variables once. Received: "
                 f"{len(indices)}, without {missing}"
@@ -361,20 +375,19 @@ class TorchVocabulary(State):
         return indices
 
     def _torch_state(self, index: int, layouts: Layouts) -> dict[str, np.ndarray] | None:
-        if self._momentums[index] is None:
+        parameter = self._parameters.records[index]
+        if parameter.momentum is None:
             return None
-        start = self._start_of[index]
-        step = int(ops.convert_to_numpy(self.iterations))
-        joined = 0 if start is None else int(ops.convert_to_numpy(self._starts[start]))
+        step, late = int(ops.convert_to_numpy(self.iterations)), parameter.joined
+        joined = 0 if late is None else int(ops.convert_to_numpy(late.update))
         step -= joined if joined <= step else 0  # the count was set back: `_begin_again`
         if step <= 0:
             return None  # as a parameter that has never had a gradient
         moments = {"step": np.array(step, "float32")}
         for name, attribute in _MOMENTS.items():
-            slot = self._slots(attribute)[index]
-            if slot is not None:
-                array = self._whole(slot)
-                moments[name] = layouts.to_torch(self._known[index], array)
+            array = parameter.array(attribute)
+            if array is not None:
+                moments[name] = layouts.to_torch(parameter.variable, self._engine.whole(array))
         return moments
 
     def _check_torch_group(self, index: int, packed, state_dict: dict[str, Any]):
@@ -386,10 +399,10 @@ class TorchVocabulary(State):
             value = saved.get(name, default)
             if value == getattr(options, name):
                 continue
-            if name == "amsgrad" or self._traced:
+            if name == "amsgrad" or self._trace.is_traced:
                 raise ValueError(
                     f"`param_groups[{index}]` of the state dict has {name}={value!r}, but the optimizer was "
-                    f"{'compiled' if self._traced else 'built'} with {name}={getattr(options, name)!r}. "
+                    f"{'compiled' if self._trace.is_traced else 'built'} with {name}={getattr(options, name)!r}. "
                     "Create the optimizer with that value (`with_torch_arguments` has PyTorch's) and load again"
                 )
             options = options._replace(**{name: value})
@@ -443,13 +456,13 @@ class TorchVocabulary(State):
             [4.0, 2.25, 1.02]
         """
         if variables is None:
-            if not self._known:
+            if not self._parameters:
                 raise ValueError(
                     "`minimize` needs `variables`, as the optimizer is not built. Received: variables=None"
                 )
             variables = self._trainable_variables
         variables = list(variables)
-        loss, grads = self._differentiate(loss_fn, variables)
+        loss, grads = self._engine.differentiate(loss_fn, variables)
         self.apply(grads, variables)
         return loss
 
@@ -468,12 +481,12 @@ class TorchVocabulary(State):
         Raises:
             ValueError: If the optimizer is not built, or `closure` is None on another backend than PyTorch.
         """
-        if not self._known:
+        if not self._parameters:
             raise ValueError(
                 "`step` needs a built optimizer: call `optimizer.build(variables)` first."
             )
         if closure is None:
-            grads = self._stored_gradients()
+            grads = self._engine.stored_gradients()
             if any(g is not None for g in grads):
                 self.apply(grads, self._trainable_variables)
             return None
@@ -485,22 +498,7 @@ class TorchVocabulary(State):
         Args:
             set_to_none: Whether `.grad` becomes None rather than zeros. Defaults to `True`.
         """
-        self._clear_gradients(set_to_none)
-
-    # What the backends do
-
-    def _differentiate(self, loss_fn, variables) -> tuple[Any, list[Any]]:
-        """Return the loss, and the gradients of the scaled loss."""
-        raise NotImplementedError
-
-    def _stored_gradients(self) -> list[Any]:
-        raise ValueError(
-            "`step` needs a closure: only PyTorch keeps gradients on the variables. "
-            f"Received: closure=None on the backend '{keras.backend.backend()}'"
-        )
-
-    def _clear_gradients(self, set_to_none: bool) -> None:
-        pass
+        self._engine.clear_gradients(set_to_none)
 
 
 def _check_format(state_dict, groups: int) -> None:

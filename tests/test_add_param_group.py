@@ -78,22 +78,16 @@ class Net:
 def state_of(optimizer, variables):
     """Copies of all that the optimizer keeps of the variables, and of its counters."""
     state = {"iterations": optimizer._iterations.numpy().copy()}
-    for attribute in (
-        "_momentums",
-        "_velocities",
-        "_velocity_hats",
-        "_model_variables_moving_average",
-        "_accumulated_gradients",
-    ):
-        slots = getattr(optimizer, attribute, None) or []
-        for i, slot in enumerate(slots):
-            if slot is not None and any(optimizer._known[i] is v for v in variables):
-                path = optimizer._known[i].path
-                state[attribute, path] = np.array(keras.ops.convert_to_numpy(slot))
-    for i, start in enumerate(optimizer._start_of):
-        if any(optimizer._known[i] is v for v in variables):
-            joined = 0 if start is None else int(optimizer._starts[start].numpy())
-            state["joined", optimizer._known[i].path] = np.array(joined)
+    for parameter in optimizer._parameters:
+        if not any(parameter.variable is v for v in variables):
+            continue
+        path = parameter.variable.path
+        for name in ("momentum", "velocity", "velocity_hat", "average", "accumulator"):
+            array = parameter.array(name)
+            if array is not None:
+                state[name, path] = np.array(keras.ops.convert_to_numpy(array))
+        joined = parameter.joined
+        state["joined", path] = np.array(0 if joined is None else int(joined.update.numpy()))
     return state
 
 

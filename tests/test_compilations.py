@@ -14,7 +14,7 @@ if keras.backend.backend() != "jax":
 
 import jax
 
-from keras_adam.backends import jax as backend
+from keras_adam.engines import jax as backend
 
 SHAPES = [(3, 2), (4,), (2, 2)] * 4
 
@@ -96,7 +96,7 @@ def test_a_new_number_compiles_nothing(name, values, more, rng):
         compiled.append(COMPILATIONS.count - before)
         expected.step(arrays)
     assert compiled[1:] == [0, 0, 0]
-    assert len(optimizer._compiled) == 1
+    assert len(optimizer._engine.compiled) == 1
     assert_close(variables, expected.parameters, TOLERANCES["float32"])
     if more:
         averages = optimizer._model_variables_moving_average
@@ -144,7 +144,7 @@ def test_what_comes_often_is_compiled(rng, monkeypatch):
         chosen = slice(0, len(SHAPES) - step % 3)
         optimizer.apply(tensors(arrays[chosen]), variables[chosen])
         adam.apply(tensors(arrays[chosen]), theirs[chosen])
-        compiled.append(len(optimizer._compiled))
+        compiled.append(len(optimizer._engine.compiled))
     # The first kind at once, the others when they come for the third time; then the oldest goes.
     assert compiled == [1] * 7 + [2] * 8
     assert_close(variables, [v.numpy() for v in theirs], AGAINST_KERAS)
@@ -159,7 +159,7 @@ def test_pieces_do_what_the_portable_path_does(name, dtype, monkeypatch):
     monkeypatch.setattr(backend, "_MOST_AT_ONCE", 0)
     monkeypatch.setattr(backend, "_PIECE", 2)
     variables, optimizer = run(keras_adam.Adam, OPTIONS[name], dtype)
-    assert not optimizer._compiled
+    assert not optimizer._engine.compiled
     expected, portable = run(Portable, OPTIONS[name], dtype)
     pairs = zip([*variables, *optimizer.variables], [*expected, *portable.variables], strict=True)
     for ours, theirs in pairs:
@@ -180,7 +180,7 @@ def test_pieces_give_the_bits_of_the_compiled_call(options, dtype, monkeypatch):
         optimizer = keras_adam.Adam(0.01, **options)
         for arrays in grads:
             optimizer.apply([keras.ops.convert_to_tensor(a, dtype) for a in arrays], variables)
-        assert len(optimizer._compiled) == bool(at_once)
+        assert len(optimizer._engine.compiled) == bool(at_once)
         found.append([np.asarray(v.value) for v in (*variables, *optimizer.variables)])
     for compiled, in_pieces in zip(*found, strict=True):
         np.testing.assert_array_equal(compiled, in_pieces)

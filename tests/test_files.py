@@ -605,7 +605,7 @@ def test_older_version_in_half_precision(dtype):
     model.load_weights(path)
     loaded = {
         (e.role, e.path): e.saved(keras.ops.convert_to_numpy).value
-        for e in model.optimizer._entries()
+        for e in model.optimizer._loading._entries()
     }
     with h5py.File(path) as file:
         for array in file[ARRAYS].values():

@@ -321,16 +321,20 @@ class Run:
         else:
             # These are in the order in which `old` made them.
             new.build(self.variables)
-            new.set_weights([x.variable for x in old._entries_in_order()])
+            new.set_weights([x.variable for x in old._loading._entries_in_order()])
         assert_same_bits(self._state(new), before, "the state loaded")
         self.optimizer, self.compiled = new, None
 
     def _state(self, optimizer):
         """All of it; when each variable joined is told as a number, as who joined together shares one variable."""
         entries = [
-            e.variable for e in optimizer._entries_in_order() if not e.role.startswith("start")
+            e.variable
+            for e in optimizer._loading._entries_in_order()
+            if not e.role.startswith("start")
         ]
-        joined = [0 if i is None else value_of(optimizer._starts[i]) for i in optimizer._start_of]
+        joined = [
+            0 if p.joined is None else value_of(p.joined.update) for p in optimizer._parameters
+        ]
         return [*bits([*self.variables, *entries]), np.array(joined)]
 
     def add_group(self, options, shape, dtype):
@@ -374,7 +378,7 @@ class Run:
         for i, (variable, x) in enumerate(zip(self.variables, self.model.variables, strict=True)):
             value = value_of(variable)
             assert value.shape == x.p.shape
-            lost = optimizer._compensation_of(variable)
+            lost = optimizer._parameters[variable].array("value")
             whole = value
             if lost is not None:
                 whole = value + value_of(lost) / {"bfloat16": 1, "float16": 2**11}[variable.dtype]

@@ -221,7 +221,7 @@ def test_fast_path_equals_the_portable_one(dtype, options, monkeypatch):
     other = Portable(**options)
     want = run_on(other, dtype, starts, gradients)
     if BACKEND == "torch":
-        monkeypatch.setattr(one, "_portable_update_step", None)
+        monkeypatch.setattr(one._engine, "update_each", None)
     got = run_on(one, dtype, starts, gradients)
     for a, b in zip(got, want, strict=True):
         spacing = 2.1 * HALF[dtype] if dtype in HALF else 1e-5
@@ -581,7 +581,7 @@ def test_variables_beyond_the_last_build(options):
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch alone updates them in pieces")
 def test_pieces_that_end_within_a_variable(monkeypatch, rng):
     """As of one piece, but for the kernel's rounding at the end of a piece; an empty variable is in no piece."""
-    from keras_adam.backends import torch as backend
+    from keras_adam.engines import torch_kernel as backend
 
     sizes = [(3, 5), (), (0,), (7,), (2, 2, 4)]
     start = [rng.normal(size=size) for size in sizes]
@@ -594,7 +594,7 @@ def test_pieces_that_end_within_a_variable(monkeypatch, rng):
         for step in gradients:
             optimizer.apply([ops.convert_to_tensor(g, "bfloat16") for g in step], variables)
         moments = [v for v in optimizer.variables if "compensation" not in v.path]
-        results.append([value_of(x) for x in map(optimizer._read_parameter, variables)])
+        results.append([value_of(x) for x in map(optimizer._engine.read_parameter, variables)])
         results[-1] += [value_of(v) for v in moments]
     for one, other in zip(*results, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
@@ -607,7 +607,7 @@ def test_own_way_to_round_is_that_of_the_rule(dtype):
     """To the bit, for each bfloat16 there is; also where another value was set, and where there is no number."""
     import torch
 
-    from keras_adam.backends import torch as backend
+    from keras_adam.engines import torch_kernel as backend
 
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     rng = np.random.default_rng(0)
@@ -673,7 +673,7 @@ def test_step_within_a_layer_of_mixed_precision(options, dtype, built):
         with AutocastScope("bfloat16"):
             optimizer.apply([gradient], [variable])
         optimizer.apply([gradient], [variable])
-    whole = ops.convert_to_numpy(optimizer._read_parameter(variable))
+    whole = ops.convert_to_numpy(optimizer._engine.read_parameter(variable))
     np.testing.assert_allclose(whole, [0.6], rtol=1e-5)
     assert keras.backend.standardize_dtype(variable._value.dtype) == dtype
     assert ("compensation" in optimizer.variables[-1].path) == (dtype == "float16")

@@ -61,7 +61,7 @@ def built(model, **options):
 
 
 def momentum(optimizer, ending):
-    (index,) = [i for i, v in enumerate(optimizer._known) if v.path.endswith(ending)]
+    (index,) = [i for i, v in enumerate(optimizer._parameters.variables) if v.path.endswith(ending)]
     return array(optimizer._momentums[index])
 
 
@@ -217,8 +217,12 @@ def test_mapping_for_the_rest():
     optimizer.load_state_dict(
         theirs.state_dict(),
         mapping={
-            "second.weight": next(v for v in optimizer._known if v.path.endswith("other/kernel")),
-            "second.bias": next(v.path for v in optimizer._known if v.path.endswith("other/bias")),
+            "second.weight": next(
+                v for v in optimizer._parameters.variables if v.path.endswith("other/kernel")
+            ),
+            "second.bias": next(
+                v.path for v in optimizer._parameters.variables if v.path.endswith("other/bias")
+            ),
         },
     )
     names = {path.replace("second", "other"): name for path, name in NET.items()}
@@ -228,7 +232,7 @@ def test_mapping_for_the_rest():
 def test_mapping_wins_over_names():
     theirs = trained([Net().named_parameters()])
     optimizer = built(named_model("first", "second"))
-    paths = [v.path for v in optimizer._known]
+    paths = [v.path for v in optimizer._parameters.variables]
     crossed = dict(
         zip(["second.weight", "second.bias", "first.weight", "first.bias"], paths, strict=False)
     )
@@ -253,7 +257,8 @@ def test_mapping_wins_over_names():
 def test_mapping_must_fit(mapping, message):
     optimizer = built(two_layers())
     mapping = {
-        name: optimizer._known[to] if isinstance(to, int) else to for name, to in mapping.items()
+        name: optimizer._parameters.variables[to] if isinstance(to, int) else to
+        for name, to in mapping.items()
     }
     refused(optimizer, sequential(range(4)).state_dict(), message, mapping=mapping)
 

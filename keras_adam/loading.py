@@ -1,0 +1,269 @@
+"""State saved, and read back: all of it, or none; what is loaded before `build` waits for it."""
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_adam import checkpoint
+from keras_adam.checkpoint import Entry, Saved
+from keras_adam.groups import ParamGroup
+from keras_adam.paths import path_of
+
+_OF_LATE_VARIABLES = "start"
+_OF_GROUPS = "hyperparameters"
+
+
+class Loading:
+    """Saves and loads the state of one optimizer."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self._pending: list[Saved] | None = None
+        self._is_copy = False  # whether that came with this optimizer, which is a copy
+        self._before_pending: list[Any] = []  # values of what there was without variables
+        self._changes: dict[
+            ParamGroup, int
+        ] = {}  # how often each group was set when that was loaded
+
+    def save(self, store) -> None:
+        """Write the state into a store of `keras.saving`."""
+        state = (entry.saved(self._optimizer._engine.whole) for entry in self._entries_in_order())
+        if self._pending is None:
+            checkpoint.save(store, state)
+            return
+        # What was loaded and waits for `build` is the state, but for the scalars, which may have been set since.
+        scalars = {s.role: s for s in state}
+        checkpoint.save(store, [scalars.get(s.role, s) for s in self._pending])
+
+    def load(self, store) -> None:
+        """Read the state from a store of `keras.saving`."""
+        optimizer = self._optimizer
+        saved = checkpoint.read(store, optimizer.name)
+        if not saved:
+            warnings.warn(
+                f"No state of optimizer '{optimizer.name}' was saved there. The state that it has stays.",
+                stacklevel=3,
+            )
+        elif optimizer._parameters:
+            self._load(saved)
+        else:
+            before = [ops.convert_to_numpy(v) for v in optimizer.variables]
+            self._load_scalars(saved)
+            if self._pending is None:
+                self._before_pending = before
+            self._pending = None if checkpoint.is_beginning(saved) else saved
+            # Where no paths are told, as in a file of Keras's Adam, order must do.
+            self._is_copy = any(s.path for s in saved) and checkpoint.is_of_copy(store)
+            self._changes = {g: g.changes for g in optimizer._groups}
+
+    def check_copy(self, variables) -> None:
+        """Raise a ValueError if this is a copy with other variables' state; an unused one becomes as good as new."""
+        if not self._is_copy:
+            return
+        optimizer, saved = self._optimizer, self._pending or []
+        wanted = [
+            (path_of(v), tuple(v.shape), not optimizer._overwrite_variable_with_gradient(v))
+            for v in variables
+        ]
+        other = checkpoint.first_other(saved, wanted)
+        if other and not checkpoint.is_unused(saved):
+            raise ValueError(
+                f"Optimizer '{optimizer.name}' is a copy, made by `copy.deepcopy`, `pickle` or the like, and holds the "
+                "state of its original's variables: it must be built for these, which it knows by path and shape. "
+                f"{optimizer._own_optimizer()} Received: {len(variables)} variables, the first are "
+                f"{[path for path, _, _ in wanted[:2]]}; the state holds {other}"
+            )
+        if other:
+            self._pending, self._is_copy = None, False
+
+    def load_pending(self) -> None:
+        """Assign what was loaded before the optimizer was built, but for numbers that were set since."""
+        if self._pending is None:
+            return
+        saved, self._pending = self._pending, None
+        is_copy, self._is_copy = self._is_copy, False
+        optimizer, rate = self._optimizer, self._optimizer._learning_rate
+        changed = [g for g in optimizer._groups if g.changes != self._changes.get(g)]
+        set_since = {g: g.current_numbers() for g in changed}
+        rate = ops.copy(rate) if isinstance(rate, keras.Variable) else None
+        try:
+            self._load(saved, by_name=is_copy)
+        except ValueError as error:
+            for variable, value in zip(optimizer.variables, self._before_pending, strict=False):
+                variable.assign(value)
+            raise ValueError(f"What was loaded before the optimizer was built: {error}") from None
+        if rate is not None:
+            optimizer._learning_rate.assign(rate)
+        for group, numbers in set_since.items():
+            group.store_numbers(numbers)
+
+    def set_weights(self, weights) -> None:
+        """Set all state variables, in the order of `optimizer.variables`, from arrays or variables."""
+        optimizer = self._optimizer
+        if not optimizer._parameters:
+            raise ValueError(
+                "You are calling `set_weights()` on an optimizer that has not yet been built. Call "
+                "`optimizer.build(trainable_variables)` first."
+            )
+        arrays = [np.asarray(optimizer._engine.whole(w)) for w in weights]
+        entries = self._entries()
+        if len(arrays) != len(entries):
+            raise ValueError(
+                f"`weights` must hold one array for each of the {len(entries)} state variables. "
+                f"Received: {len(arrays)} arrays"
+            )
+        saved = []
+        for array, entry in zip(arrays, entries, strict=True):
+            # Whole numbers serve for floats here, as they do everywhere in Python.
+            is_float = keras.backend.is_float_dtype(entry.variable.dtype)
+            widen = is_float and array.dtype.kind in "iu"
+            saved.append(Saved("", "", array.astype("float64") if widen else array))
+        self._assign(checkpoint.match(saved, entries, optimizer.name))
+
+    def check_joined(self, updates: list[int]) -> None:
+        """Raise if a compiled step, which knows who joined with whom, would not notice that this changes.
+
+        `updates` tells at which update each variable is to have joined.
+        """
+        parameters = self._optimizer._parameters
+        of_each = parameters.joined_at(updates)[1]
+        if self._optimizer._trace.is_traced and of_each != parameters.joinings_of():
+            raise ValueError(
+                f"Optimizer '{self._optimizer.name}': in what is loaded other variables joined late than in the train "
+                "step that was compiled. Load it before the first step, or into a model compiled anew with a new "
+                "optimizer. No state was loaded."
+            )
+
+    def set_joined(self, updates: list[int]) -> None:
+        """Let each variable have joined at the update given, 0 being the beginning."""
+        self._optimizer._parameters.set_joined(updates)
+        self._optimizer._engine.forget()
+
+    def _load(self, saved: list[Saved], by_name: bool = False) -> None:
+        """Assign what was saved; when each variable joined is told by the marks on the momenta."""
+        optimizer = self._optimizer
+        if checkpoint.is_beginning(saved):
+            self._load_beginning(saved)
+            return
+        starts = self._starts_in(saved)
+        saved = [s for s in saved if not s.role.startswith(_OF_LATE_VARIABLES)]
+        entries = [e for e in self._entries_in_order() if not e.role.startswith(_OF_LATE_VARIABLES)]
+        if not any(s.role.startswith(_OF_GROUPS) for s in saved):
+            without = [e for e in entries if not e.role.startswith(_OF_GROUPS)]
+            # A store that tells no roles, which only HDF5 does, holds them if it holds as many arrays as there are.
+            if any(s.role for s in saved) or len(saved) <= len(without):
+                entries = without
+        pairs = checkpoint.match(saved, entries, optimizer.name, by_name)
+        joined = {}
+        for entry, s in pairs:
+            if not s.start:
+                continue
+            if f"start_{s.start}" not in starts:
+                raise ValueError(
+                    f"Optimizer '{optimizer.name}': the saved state lacks start_{s.start}, which tells at which update "
+                    f"'{entry.path}' joined. No state was loaded."
+                )
+            joined[id(entry.variable)] = starts[f"start_{s.start}"]
+        momenta = optimizer._parameters.first_arrays("momentum")
+        updates = [joined.get(id(m), 0) for m in momenta]
+        self.check_joined(updates)
+        self._assign(pairs)
+        self.set_joined(updates)
+
+    def _starts_in(self, saved: list[Saved]) -> dict[str, int]:
+        """Return at which updates variables joined, by role; one that no momentum refers to is refused."""
+        optimizer = self._optimizer
+        dtype = keras.backend.standardize_dtype(optimizer._iterations.dtype)
+        starts = {
+            s.role: checkpoint.whole_number(s, optimizer.name, s.role, dtype)
+            for s in saved
+            if s.role.startswith(_OF_LATE_VARIABLES)
+        }
+        marks = {f"start_{s.start}" for s in saved if s.start}
+        unmarked = next((role for role, at in starts.items() if at and role not in marks), None)
+        if unmarked:
+            raise ValueError(
+                f"Optimizer '{optimizer.name}': the saved state holds {unmarked}, at which a variable joined, but no "
+                "momentum that is marked with it. No state was loaded."
+            )
+        return starts
+
+    def _load_scalars(self, saved: list[Saved]) -> None:
+        """Assign what there is without variables: the count of iterations and the learning rate."""
+        optimizer = self._optimizer
+        known = {"iteration": optimizer._iterations, "learning_rate": optimizer._learning_rate}
+        pairs = []
+        for (role, variable), s in zip(known.items(), saved, strict=False):
+            named = next((x for x in saved if x.role == role), None) if s.role else s
+            if isinstance(variable, keras.Variable) and named is not None and not named.value.shape:
+                pairs.append((Entry(role, "", variable), named))
+        checkpoint.check(pairs, optimizer.name)
+        checkpoint.assign(pairs)
+
+    def _load_beginning(self, saved: list[Saved]) -> None:
+        """Take over the state of an optimizer that was not built: no moments yet, and all here from the beginning."""
+        optimizer = self._optimizer
+        updates = [0] * len(optimizer._parameters)
+        self.check_joined(updates)
+        self._load_scalars(saved)
+        optimizer._parameters.reset()
+        if optimizer.skipped_steps is not None:
+            optimizer.skipped_steps.assign(0)
+        self.set_joined(updates)
+
+    def _assign(self, pairs) -> None:
+        """Give the state what was saved, and the groups their own numbers where that holds none."""
+        checkpoint.assign(pairs)
+        for group in self._optimizer._groups:
+            group.renew_numbers()
+
+    def _entries(self) -> list[Entry]:
+        """Describe each state variable, in the order of `optimizer.variables`."""
+        described = {id(entry.variable): entry for entry in self._described()}
+        return [
+            described.get(id(variable), Entry("other", "", variable))
+            for variable in self._optimizer.variables
+        ]
+
+    def _entries_in_order(self) -> list[Entry]:
+        """Describe each state variable, in the order in which an optimizer built anew would make them.
+
+        A group that was added has put its variables' state behind all else; a store that tells no roles is read by
+        order, in which it must not matter when they were added.
+        """
+        described = self._described()
+        place = {id(e.variable): i for i, e in enumerate(described) if e.role not in self._added()}
+        return sorted(self._entries(), key=lambda e: place.get(id(e.variable), len(described)))
+
+    def _added(self) -> set[str]:
+        """Return the roles of the scalars that stand where they were added."""
+        starts = range(len(self._optimizer._parameters.joinings))
+        return {"skipped_steps", *(f"{_OF_LATE_VARIABLES}_{i}" for i in starts)}
+
+    def _described(self) -> list[Entry]:
+        """Describe each state variable that is known here: those of a build first, in its order."""
+        optimizer, parameters = self._optimizer, self._optimizer._parameters
+        default = optimizer._default_group
+        described = [
+            Entry("iteration", "", optimizer._iterations),
+            Entry("learning_rate", "", optimizer._learning_rate),
+        ]
+        starts = dict(zip(map(id, parameters), parameters.joinings_of(), strict=True))
+        for p, role, array in parameters.in_build_order():
+            start = starts[id(p)] if role == "momentum" else None
+            frozen = not p.variable.trainable
+            described.append(Entry(role, path_of(p.variable), array, start, frozen))
+        numbers = {g: f"{_OF_GROUPS}_{i}" for i, g in enumerate(optimizer._selecting_groups())}
+        for group in optimizer._groups:
+            role = _OF_GROUPS if group is default else numbers[group]
+            described.append(Entry(role, "", group.stored))
+        if optimizer.skipped_steps is not None:
+            described.append(Entry("skipped_steps", "", optimizer.skipped_steps))
+        described += [
+            Entry(f"{_OF_LATE_VARIABLES}_{i}", "", joining.update)
+            for i, joining in enumerate(parameters.joinings)
+        ]
+        return described

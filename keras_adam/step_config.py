@@ -1,0 +1,58 @@
+"""What a step does besides the update of each variable."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """The options that a step obeys. They are constants of a compiled step, but for the numbers in `NUMBERS`."""
+
+    clipnorm: Any = None
+    clipvalue: Any = None
+    global_clipnorm: Any = None
+    loss_scale_factor: Any = None
+    use_ema: bool = False
+    ema_momentum: Any = 0.99
+    ema_overwrite_frequency: int | None = None
+    gradient_accumulation_steps: int | None = None
+    skip_nonfinite: bool = False
+    lazy: bool = False
+
+    @classmethod
+    def of(cls, optimizer: Any) -> "StepConfig":
+        """Return the present options of an optimizer."""
+        return cls(**{name: getattr(optimizer, name) for name in _FIELDS})
+
+    @property
+    def clipping(self) -> tuple[str, Any] | None:
+        """Which of the limits is set, and to what; None or 0 is no limit."""
+        limits = ((name, getattr(self, name)) for name in _LIMITS)
+        return next(((name, limit) for name, limit in limits if _is_set(limit)), None)
+
+    @property
+    def only_updates(self) -> bool:
+        """Whether a step is nothing but the update of each variable."""
+        more = self.loss_scale_factor, self.use_ema, self.gradient_accumulation_steps
+        return self.clipping is None and not (self.skip_nonfinite or any(more))
+
+    def numbers(self) -> dict[str, float]:
+        """Return the numbers that a compiled step may take as arguments; one that is None or 0 is a constant."""
+        return {name: getattr(self, name) for name in NUMBERS if _is_set(getattr(self, name))}
+
+    def with_numbers(self, numbers: dict[str, Any]) -> "StepConfig":
+        """Return it with other numbers, which may be tensors."""
+        return dataclasses.replace(self, **numbers)
+
+    def kind(self) -> "StepConfig":
+        """Return what is constant: each number that is an argument is 1 there."""
+        return self.with_numbers(dict.fromkeys(self.numbers(), 1.0))
+
+
+def _is_set(number: Any) -> bool:
+    return number is not None and not (isinstance(number, int | float) and number == 0)
+
+
+_LIMITS = ("clipnorm", "global_clipnorm", "clipvalue")
+NUMBERS = ("clipnorm", "clipvalue", "global_clipnorm", "ema_momentum", "loss_scale_factor")
+_FIELDS = tuple(field.name for field in dataclasses.fields(StepConfig))
