@@ -1,8 +1,8 @@
 """Adam for Keras 3: one optimizer, with the same numbers on JAX, TensorFlow and PyTorch."""
 
-from keras_adam import seams
+from keras_adam import keras_private
 
-seams.check()  # before what relies on them is imported
+keras_private.check()  # before what relies on them is imported
 
 from keras_adam.optimizer import Adam, AdamW  # noqa: E402
 from keras_adam.state_tree import check_state_tree  # noqa: E402

@@ -5,9 +5,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_adam import hyperparameters, seams
+from keras_adam import hyperparameters, keras_private
 from keras_adam.paths import path_of
-from keras_adam.rows import map_values
+from keras_adam.sparse import map_values
 from keras_adam.state import State, check_given_once
 from keras_adam.step import Step
 from keras_adam.step_config import StepConfig
@@ -23,7 +23,7 @@ class KerasVocabulary(State):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("keras_adam."):
-            cls._own_hooks = {name: getattr(cls, name) for name in seams.STEP_HOOKS}
+            cls._own_hooks = {name: getattr(cls, name) for name in keras_private.STEP_HOOKS}
 
     def apply_gradients(self, grads_and_vars):
         """Apply (gradient, variable) pairs and return the iterations; no pair, no step."""
@@ -47,7 +47,7 @@ class KerasVocabulary(State):
         grads = list(grads)
         if not grads:
             return
-        with seams.without_autocast():
+        with keras_private.without_autocast():
             variables = self._variables_for(grads, trainable_variables)
             self._engine.run(self._take_step, grads, variables, StepConfig.of(self))
 
@@ -176,7 +176,7 @@ class KerasVocabulary(State):
         """Whether variables are to be updated one by one, through a hook that a subclass has of its own."""
         return self._overrides("update_step", "assign", "assign_sub")
 
-    @seams.without_autocast()
+    @keras_private.without_autocast()
     def finalize_variable_values(self, var_list) -> None:
         """End a training, as Keras's `fit` does: overwrite the variables with their averages, if there are any.
 

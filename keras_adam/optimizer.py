@@ -5,9 +5,10 @@ from typing import Any
 
 import keras
 
-from keras_adam import groups, habits, hyperparameters, rule, settings
-from keras_adam.groups import DecayExclusions
+from keras_adam import argument_hints, groups, hyperparameters, rule, settings
+from keras_adam.group_view import check_held
 from keras_adam.keras_api import KerasVocabulary
+from keras_adam.selection import DecayExclusions
 from keras_adam.settings import Setting
 from keras_adam.torch_api import TorchVocabulary
 
@@ -22,7 +23,7 @@ class _OfDefaultGroup:
         return self if optimizer is None else optimizer._default_group.own(self.name)
 
     def __set__(self, optimizer, value):
-        optimizer._default_group[self.name] = value
+        optimizer._views[optimizer._default_group][self.name] = value
 
 
 class _OptionOfDefaultGroup(_OfDefaultGroup):
@@ -150,8 +151,8 @@ class Adam(TorchVocabulary, KerasVocabulary):
     lazy = Setting(settings.one_of(True, False))
     shard_state = Setting(settings.one_of(True, False), makes_state=True)
 
-    @habits.variables_come_later
-    @habits.names_are_known
+    @argument_hints.variables_come_later
+    @argument_hints.names_are_known
     def __init__(
         self,
         learning_rate: hyperparameters.Hyperparameter = 0.001,
@@ -242,7 +243,7 @@ class Adam(TorchVocabulary, KerasVocabulary):
                 f"Received: learning_rate={learning_rate}"
             )
         if isinstance(self._learning_rate, keras.Variable):
-            groups.check_held(self._learning_rate, "learning_rate", learning_rate)
+            check_held(self._learning_rate, "learning_rate", learning_rate)
         if not self._engine.is_compiling():
             learning_rate = hyperparameters.check_number("learning_rate", learning_rate)
             self._given_learning_rate = learning_rate
@@ -343,9 +344,7 @@ class Adam(TorchVocabulary, KerasVocabulary):
         if self._has_groups:
             of = self._groups.index(self._default_group)
             described = [
-                None
-                if g is self._default_group
-                else g.get_config(self._default_group, self._parameters.variables)
+                None if g is self._default_group else g.get_config(self._parameters.variables)
                 for g in self._groups
             ]
             config["param_groups"] = described[:of]
@@ -374,7 +373,7 @@ class Adam(TorchVocabulary, KerasVocabulary):
         for spec in added:
             spec = _deserialize(spec, groups.NUMERIC, custom_objects)
             label = f"param_groups[{len(optimizer._groups)}]"
-            optimizer._groups.append(groups.parse(optimizer, label, spec, optimizer._default_group))
+            optimizer._groups.append(groups.parse(label, spec, optimizer._default_group))
         if exclusions:
             optimizer._decay_exclusions.add_config(exclusions)
         return optimizer
@@ -407,7 +406,7 @@ class AdamW(Adam):
         0.004
     """
 
-    @habits.variables_come_later
+    @argument_hints.variables_come_later
     def __init__(
         self,
         learning_rate=0.001,
@@ -428,7 +427,7 @@ class AdamW(Adam):
         )
 
     @classmethod
-    @habits.variables_come_later
+    @argument_hints.variables_come_later
     def with_torch_arguments(
         cls, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, amsgrad=False, **options
     ):

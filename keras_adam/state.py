@@ -5,8 +5,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_adam import groups, seams, storage
+from keras_adam import groups, keras_private, selection, storage
 from keras_adam.engines import Engine, engine_class, optimizer_base
+from keras_adam.group_view import GroupViews, ParamGroups
 from keras_adam.groups import ParamGroup
 from keras_adam.loading import Loading
 from keras_adam.parameters import Parameters
@@ -37,6 +38,7 @@ class State(optimizer_base()):  # type: ignore[misc]
     # Set past Keras's tracking, which would take the model's variables among them for state of the optimizer.
     _groups: list[ParamGroup]
     _default_group: ParamGroup
+    _views: GroupViews
     _parameters: Parameters
     _loading: Loading
     _pending_groups: list[ParamGroup]
@@ -54,9 +56,10 @@ class State(optimizer_base()):  # type: ignore[misc]
 
     def _init_groups(self, numeric, options, param_groups) -> None:
         """Set up what Keras's constructor does not know, before it runs."""
-        default = ParamGroup(self, numeric, options)
+        default = ParamGroup(numeric, options)
         self.__dict__.update(
             _default_group=default,
+            _views=GroupViews(self),
             _has_groups=param_groups is not None,
             _pending_groups=[],  # added after `build`, to be resolved by the next one
             _parameters=Parameters(self._var_key, self._add_slot, self._add_start),
@@ -71,18 +74,18 @@ class State(optimizer_base()):  # type: ignore[misc]
                 f"`param_groups` must be a list of dictionaries. Received: param_groups={param_groups!r}"
             )
         parsed = [
-            groups.parse(self, f"param_groups[{i}]", spec, default)
+            groups.parse(f"param_groups[{i}]", spec, default)
             for i, spec in enumerate(param_groups or [])
         ]
         self.__dict__["_groups"] = [*parsed, default]
 
     @property
-    def param_groups(self) -> groups.ParamGroups:
+    def param_groups(self) -> ParamGroups:
         """The parameter groups, for reading, and for setting numbers: in the order given, then the default group.
 
         A group that `add_param_group` adds to a built optimizer comes last, as in PyTorch.
         """
-        return groups.ParamGroups(self._groups)
+        return ParamGroups(self._views[group] for group in self._groups)
 
     @param_groups.setter
     def param_groups(self, value):
@@ -104,8 +107,8 @@ class State(optimizer_base()):  # type: ignore[misc]
             ValueError: If an option is unknown or out of range, a variable has a group already, or nothing is
                 selected.
         """
-        group = groups.parse(self, "param_group", param_group, self._default_group)
-        named = groups.named_variables(group.selector) if self._parameters else None
+        group = groups.parse("param_group", param_group, self._default_group)
+        named = selection.named_variables(group.selector) if self._parameters else None
         if named is not None:
             _check_trainable(named)
             for variable in named:
@@ -144,7 +147,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             ValueError: If a parameter group selects no variable, a variable stands twice or is not of a floating
                 dtype, or, in a later call, no group was added for a new variable.
         """
-        with seams.without_autocast():
+        with keras_private.without_autocast():
             self._build(list(variables))
 
     def _build(self, variables) -> None:
@@ -170,7 +173,7 @@ class State(optimizer_base()):  # type: ignore[misc]
 
     def _build_more(self, new) -> None:
         pending = list(self._pending_groups)
-        unselected = [v for v in new if not any(groups.selects(g.selector, v) for g in pending)]
+        unselected = [v for v in new if not any(selection.selects(g.selector, v) for g in pending)]
         if unselected and not pending:
             raise ValueError(self._unknown(unselected[0]))
         self._pending_groups.clear()
@@ -352,12 +355,12 @@ class State(optimizer_base()):  # type: ignore[misc]
     # ---------------------------------------------------------------------------------------------------------------
     # Saving and loading
 
-    @seams.without_autocast()
+    @keras_private.without_autocast()
     def save_own_variables(self, store) -> None:
         """Write the state into a store of `keras.saving`."""
         self._loading.save(store)
 
-    @seams.without_autocast()
+    @keras_private.without_autocast()
     def load_own_variables(self, store) -> None:
         """Read the state from a store of `keras.saving`; before `build`, it is kept until then.
 
@@ -368,7 +371,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         """
         self._loading.load(store)
 
-    @seams.without_autocast()
+    @keras_private.without_autocast()
     def set_weights(self, weights) -> None:
         """Set all state variables, in the order of `self.variables`, from arrays or variables.
 

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_adam.engines import Engine
 from keras_adam.engines.base import Gradients, Tensor, Variable
-from keras_adam.rows import Rows, map_values, values_of
+from keras_adam.sparse import Rows, map_values, values_of
 from keras_adam.step_config import StepConfig
 
 

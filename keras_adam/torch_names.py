@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 # PyTorch's word for what Keras calls so.
 _WORDS = {
@@ -13,6 +14,7 @@ _WORDS = {
     "embeddings": "weight",
     "beta": "bias",
 }
+_SHOWN = 5  # so many names are printed
 _Key = tuple[str, ...]
 
 
@@ -90,6 +92,86 @@ def counted_down(names: Iterable[str]) -> tuple[str, str] | None:
                     return before[1], name
                 last[around] = int(token), name
     return None
+
+
+def names_in(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the `param_names` of all groups of a state dict, one behind the other; none if there are none.
+
+    In `torch.distributed`'s state dicts, parameters have names in place of numbers.
+    """
+    names: list[str] = []
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    of_params = all(isinstance(parameter, str) for parameter in parameters)
+    if not of_params and not any("param_names" in group for group in groups):
+        return names
+    for i, group in enumerate(groups):
+        theirs = group.get("param_names", group["params"] if of_params else [])
+        if not isinstance(theirs, list | tuple) or not all(
+            isinstance(name, str) for name in theirs
+        ):
+            raise ValueError(
+                f"`param_names` of `param_groups[{i}]` of the state dict must be a list of strings. "
+                f"Received: param_names={theirs!r}"
+            )
+        if len(theirs) != len(group["params"]):
+            raise ValueError(
+                f"`param_groups[{i}]` of the state dict must have a name for each of its {len(group['params'])} "
+                f"parameters. Received: {len(theirs)} in `param_names`"
+            )
+        names += theirs
+    return names
+
+
+def check_order(
+    saved: Sequence[Mapping[str, Any]],
+    paths: Sequence[str],
+    meant: dict[int, int],
+    order: Sequence[int],
+    by_build: bool,
+    may_be_renumbered: bool,
+) -> None:
+    """Raise if the names contradict the order, which decides where not all names tell what they mean.
+
+    Args:
+        saved: The groups of the state dict.
+        paths: Those of all variables.
+        meant: For each name whose meaning is certain, the place of its path.
+        order: The places of the variables in the order of the names.
+        by_build: Whether that is the order of `build`. One that the caller gave is contradicted by nothing that is
+            only likely.
+        may_be_renumbered: Whether layers may only be numbered from elsewhere.
+    """
+    names = names_in(saved)
+    in_order = [paths[index] for index in order]
+    likely = renumbered(names, in_order) if may_be_renumbered else {}
+    if likely and all(i == j for i, j in likely.items()):
+        return
+    if by_build:
+        meant = {i: order[j] for i, j in likely.items()} | meant
+    for i, index in enumerate(order):
+        if meant.get(i, index) != index:
+            raise _contradiction(
+                names, meant, by_build, f"{names[i]!r} is '{paths[meant[i]]}'", in_order[i]
+            )
+        if i not in meant and differ_in_kind(names[i], in_order[i]):
+            raise _contradiction(
+                names, meant, by_build, f"{names[i]!r} is of another kind", in_order[i]
+            )
+    position = 0
+    for group in saved if by_build else ():
+        end = position + len(group["params"])
+        down = counted_down(names[i] for i in range(position, end) if i not in meant)
+        if down is not None:
+            raise _contradiction(
+                names, meant, by_build, f"{down[0]!r} stands before {down[1]!r}", None
+            )
+        position = end
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first names, as they are printed."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(map(repr, names[:_SHOWN])) or "none") + more
 
 
 def _candidates(names: Sequence[set[_Key]], paths: Sequence[set[_Key]]) -> list[set[int]]:
@@ -174,3 +256,15 @@ def _numbered(path: str) -> list[tuple[str, int]]:
             stem = parts.pop()[0]
         parts.append((stem, int(number or 0)))
     return [*parts, (_WORDS.get(leaf, leaf), 0)]
+
+
+def _contradiction(names, meant, by_build: bool, what: str, path: str | None) -> ValueError:
+    unknown = [name for i, name in enumerate(names) if i not in meant]
+    where = "" if path is None else f", where the order of the variables has '{path}'"
+    ways = ["say what a name means in `mapping={name: variable or path}`"] * bool(unknown)
+    ways += ["give the right order in `variables`" if by_build else "leave `variables` out"]
+    ways += ["leave 'param_names' out to go by the order"]
+    return ValueError(
+        f"The names in the state dict contradict the order: {what}{where}. Names that could not be told: "
+        f"{shown(unknown)}. {'; or '.join(ways).capitalize()}. Received: param_names={shown(names)}"
+    )

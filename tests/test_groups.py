@@ -147,6 +147,22 @@ def test_group_is_a_mapping():
     assert len(group) == len(list(group)) == len(dict(group))
 
 
+def test_group_is_the_same_object_each_time():
+    model = make_net()
+    optimizer = keras_adam.Adam(param_groups=[{"params": model.layers[0]}])
+    selected, others = optimizer.param_groups
+    optimizer.build(model.trainable_variables)
+    selected["beta_1"] = 0.5
+    late = keras.Variable([1.0], name="late")
+    optimizer.add_param_group({"params": [late]})
+    assert optimizer.param_groups[0] is selected
+    assert optimizer.param_groups[1] is others
+    assert {selected: "selected"}[optimizer.param_groups[0]] == "selected"
+    assert optimizer.param_groups.index(others) == 1
+    assert selected != dict(selected)
+    assert selected["beta_1"] == 0.5
+
+
 def test_rate_of_a_group_with_a_multiplier():
     optimizer = built(
         make_net(),

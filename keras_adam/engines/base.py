@@ -18,7 +18,7 @@ from keras_adam import rule
 from keras_adam.groups import ParamGroup
 from keras_adam.parameters import Joining, Parameter, Parameters
 from keras_adam.paths import path_of
-from keras_adam.rows import Rows, map_values
+from keras_adam.sparse import Rows, map_values
 from keras_adam.step_config import StepConfig
 from keras_adam.storage import Storage
 from keras_adam.tensors import compute_dtype, value_of, widened
@@ -209,7 +209,7 @@ class Engine:
     def clip(self, values: list[Tensor]) -> list[Tensor]:
         """Return gradients clipped as `config` tells. Norms in float32: the square of 256 is infinite in float16."""
         values = [widened(x) for x in values]
-        name, limit = self.config.clipping or ("", None)
+        name, limit = self.config.clipping or ("", 0.0)
         if name == "clipnorm":
             return [rule.clipped_to_norm(x, rule.norm([x]), limit) for x in values]
         if name == "global_clipnorm":
@@ -291,10 +291,8 @@ class Engine:
             # overflow.
             count = updates if joined is None else updates - joined.update
             t = ops.cast(count, dtype) + 1
-            iterations = self.optimizer._iterations
-            return group.scalars(
-                learning_rate, iterations, t, dtype, compiling, for_kernel, self.step_scalars
-            )
+            now = learning_rate, self.optimizer._iterations, t, dtype, compiling, for_kernel
+            return group.scalars(self.step_scalars, *now)
 
         def scalars(
             group: ParamGroup, joined: Joining | None, dtype: str, decays: bool

@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from keras_adam import hyperparameters, rule, seams
+from keras_adam import hyperparameters, keras_private, rule
 from keras_adam.engines.base import Engine, Gradients, StepFunction, Tensor, Variable, updated
 from keras_adam.groups import NUMERIC
 from keras_adam.paths import path_of
-from keras_adam.rows import Rows
+from keras_adam.sparse import Rows
 from keras_adam.step_config import StepConfig
 from keras_adam.tensors import compute_dtype, value_of
 
@@ -122,7 +122,7 @@ class JaxEngine(Engine):
             callable(x) and not isinstance(x, LearningRateSchedule) for x in hyperparameters
         )
         # A hook of a subclass is called in each step, not once for all of them.
-        return not (asked or self.optimizer._overrides(*seams.STEP_HOOKS))
+        return not (asked or self.optimizer._overrides(*keras_private.STEP_HOOKS))
 
     def _dynamic(self) -> list[Any]:
         """Return each number of each group that is a schedule, None in place of the others."""

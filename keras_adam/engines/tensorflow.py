@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from keras_adam import hyperparameters, rule, storage
 from keras_adam.engines.base import Bucket, Engine, Gradients, StepFunction, Tensor, Variable
-from keras_adam.rows import Rows
+from keras_adam.sparse import Rows
 from keras_adam.step_config import StepConfig
 
 

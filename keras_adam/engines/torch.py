@@ -13,7 +13,7 @@ from keras_adam.engines.base import Bucket, Engine, Gradients, StepFunction, Ten
 from keras_adam.engines.torch_kernel import FUSED, Tensors, apart, can_fuse
 from keras_adam.groups import NUMERIC, ParamGroup
 from keras_adam.parameters import Joining, Parameter
-from keras_adam.rows import Rows
+from keras_adam.sparse import Rows
 from keras_adam.step_config import StepConfig
 from keras_adam.storage import Compensated
 
@@ -228,7 +228,7 @@ class TorchEngine(Engine):
         values = _widened(values)
         if len({(x.dtype, x.device) for x in values}) != 1:
             return super().clip(values)
-        name, limit = self.config.clipping or ("", None)
+        name, limit = self.config.clipping or ("", 0.0)
         if name == "clipnorm":
             norms = torch.stack(torch._foreach_norm(values))
             return torch._foreach_mul(values, (limit / norms).clamp_(max=1.0).unbind())

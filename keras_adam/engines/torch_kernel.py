@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import torch
 
-from keras_adam import rule, seams
+from keras_adam import keras_private, rule
 from keras_adam.engines.base import Bucket
 from keras_adam.parameters import MOMENTS
 
@@ -21,7 +21,7 @@ try:
     FUSED: dict[bool, Any] = {False: torch._fused_adam_, True: torch._fused_adamw_}
 except AttributeError as error:
     raise ImportError(
-        f"keras_adam needs PyTorch {seams.PYTORCH}, whose fused kernels it calls: {error}. "
+        f"keras_adam needs PyTorch {keras_private.PYTORCH}, whose fused kernels it calls: {error}. "
         f"Received: torch {torch.__version__}"
     ) from None
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")

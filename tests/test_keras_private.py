@@ -17,8 +17,8 @@ from keras.src.optimizers import base_optimizer
 from keras.src.saving import saving_lib
 
 import keras_adam
-from keras_adam import seams
-from keras_adam.seams import ATTRIBUTES, HOOKS, PYTORCH, SUPPORTED
+from keras_adam import keras_private
+from keras_adam.keras_private import ATTRIBUTES, HOOKS, PYTORCH, SUPPORTED
 
 PYPROJECT = pathlib.Path(__file__).parent.parent / "pyproject.toml"
 
@@ -94,14 +94,14 @@ def refused(why):
 def test_a_hook_that_takes_other_parameters_is_refused(monkeypatch, hook, found):
     monkeypatch.setattr(keras.optimizers.Optimizer, "_get_variable_index", hook)
     with refused(f"Optimizer._get_variable_index takes ({found}) instead of (self, variable)"):
-        seams.check()
+        keras_private.check()
 
 
 def test_a_hook_may_take_further_parameters_that_can_be_left_out(monkeypatch):
     def hook(self, variable, key=None, *args, name=None, **kwargs): ...
 
     monkeypatch.setattr(keras.optimizers.Optimizer, "_get_variable_index", hook)
-    seams.check()
+    keras_private.check()
 
 
 def test_a_hook_that_another_library_has_wrapped_is_let_pass(monkeypatch):
@@ -112,7 +112,7 @@ def test_a_hook_that_another_library_has_wrapped_is_let_pass(monkeypatch):
         return hook(*args, **kwargs)
 
     monkeypatch.setattr(keras.optimizers.Optimizer, "apply_gradients", wrapper)
-    seams.check()
+    keras_private.check()
 
 
 def changed_copy(module, old, new):
@@ -140,21 +140,21 @@ def test_an_attribute_of_another_name_is_refused(monkeypatch, module, owner, nam
     assert name in ATTRIBUTES
     monkeypatch.setitem(ATTRIBUTES, name, getattr(copy, owner))
     with refused(f"no method of {module.__name__}.{owner} names `{name}`"):
-        seams.check()
+        keras_private.check()
 
 
 def test_another_key_of_autocast_scopes_is_refused(monkeypatch):
     copy = changed_copy(variables, '"autocast_scope"', '"dtype_scope"')
-    monkeypatch.setattr(seams, "variables", copy)
+    monkeypatch.setattr(keras_private, "variables", copy)
     with refused("an AutocastScope is not kept as the global attribute `autocast_scope`"):
-        seams.check()
+        keras_private.check()
 
 
 def test_another_name_of_the_outer_stateless_scope_is_refused(monkeypatch):
     copy = changed_copy(stateless_scope, "original_scope", "outer_scope")
     monkeypatch.setattr(keras, "StatelessScope", copy.StatelessScope)
     with refused("a StatelessScope does not keep the one around it as `original_scope`"):
-        seams.check()
+        keras_private.check()
     assert not stateless_scope.in_stateless_scope()
 
 
@@ -163,7 +163,7 @@ def test_a_pytorch_without_a_fused_kernel_is_refused(monkeypatch, kernel):
     import torch
 
     monkeypatch.delattr(torch, kernel)
-    path = pathlib.Path(keras_adam.__file__).parent / "backends" / "torch.py"
+    path = pathlib.Path(keras_adam.__file__).parent / "engines" / "torch_kernel.py"
     spec = importlib.util.spec_from_file_location("copy_of_backend", path)
     lacking = f"needs PyTorch {PYTORCH}, .* 'torch' has no attribute '{kernel}'. Received: torch "
     with pytest.raises(ImportError, match=lacking):
