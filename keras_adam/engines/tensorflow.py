@@ -172,10 +172,9 @@ def _component(variable: Variable) -> Variable:
     """Return this replica's own part of a variable, or the variable where there is only one."""
     if isinstance(variable, keras.Variable):
         variable = variable.value
-    if (
-        isinstance(variable, tf.distribute.DistributedValues)
-        and not tf.distribute.in_cross_replica_context()
-    ):
+    # Outside of any strategy, as at the end of `fit`, all parts are meant.
+    in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
+    if in_replica and isinstance(variable, tf.distribute.DistributedValues):
         return variable._get()
     return variable
 
