@@ -8,10 +8,10 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MATRIX_ARGS ?=
 LIBRARIES_ARGS ?=
-FUZZ_TESTS := tests/test_fuzz.py tests/test_kill.py
+FUZZ_TESTS := tests/test_fuzz.py tests/test_killed_training.py
 # Two test processes with one thread each: two threads in each of two processes wait for each other.
 TEST_JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_JOBS)
 
 BACKENDS := jax tensorflow torch
 STAMPS := .venv/.stamps
@@ -38,33 +38,41 @@ export NO_MKDOCS_2_WARNING ?= 1
 .DEFAULT_GOAL := help
 # Two pips must not write to one environment.
 .NOTPARALLEL:
-.PHONY: help demo test $(BACKENDS:%=test-%) test-matrix test-libraries fuzz bench bench-half-precision notebooks docs \
+.PHONY: help demo test test-long $(BACKENDS:%=test-%) test-matrix test-libraries fuzz bench bench-half-precision notebooks docs \
     docs-serve dist lint format clean backend-is-known
+
+# $(call under_each_backend,COMMAND) runs it under one after the other, tells how each ended, and fails if one failed.
+define under_each_backend
+@trap 'exit 130' INT; failed=; \
+for backend in $(BACKENDS); do \
+  echo "== KERAS_BACKEND=$$backend"; \
+  KERAS_BACKEND=$$backend $(1) || failed="$$failed $$backend"; \
+done; \
+for backend in $(BACKENDS); do \
+  case " $$failed " in *" $$backend "*) echo "$$backend: FAILED";; *) echo "$$backend: ok";; esac; \
+done; \
+test -z "$$failed"
+endef
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [KERAS_BACKEND=jax|tensorflow|torch] [PYTHON=python3.12] [PYTEST_ARGS=...]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
 	  | awk -F'|' '{ printf "%-21s %s\n", $$1, $$2 }'
-	@echo "  test-jax, test-tensorflow, test-torch: run the tests under one backend"
+	@echo "  test-jax, test-tensorflow, test-torch: run all tests under one backend"
 
 demo: backend-is-known $(STAMPS)/demo $(STAMPS)/$(KERAS_BACKEND)  ## train on real digits, save, load, go on; writes digits.png
 	KERAS_BACKEND=$(KERAS_BACKEND) $(PY) examples/digits.py
 
-test: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests under each backend, one after the other
-	@trap 'exit 130' INT; failed=; \
-	for backend in $(BACKENDS); do \
-	  echo "== KERAS_BACKEND=$$backend"; \
-	  KERAS_BACKEND=$$backend $(PYTEST) || failed="$$failed $$backend"; \
-	done; \
-	for backend in $(BACKENDS); do \
-	  case " $$failed " in *" $$backend "*) echo "$$backend: FAILED";; *) echo "$$backend: ok";; esac; \
-	done; \
-	test -z "$$failed"
+test: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests that show all features, under each backend, in turn
+	$(call under_each_backend,$(PYTEST) -m "not long" $(PYTEST_ARGS))
+
+test-long: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## run the tests that make test leaves out
+	$(call under_each_backend,$(PYTEST) -m long $(PYTEST_ARGS))
 
 # All three backends are installed here too: a test may save under one and load under another, or
 # compare with a framework's own optimizer.
 $(BACKENDS:%=test-%): test-%: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test
-	KERAS_BACKEND=$* $(PYTEST)
+	KERAS_BACKEND=$* $(PYTEST) $(PYTEST_ARGS)
 
 # `make test-matrix MATRIX_ARGS="--rows newest"` runs one row; tests/matrix.py holds them.
 test-matrix:  ## run the tests over versions of Keras and Python, in .matrix/; writes docs/versions.md
@@ -77,13 +85,8 @@ test-libraries:  ## run docs/guides/other_libraries.md beside keras-hub and othe
 # Other examples at each run; one that fails is printed with what reproduces it.
 FUZZ_EXAMPLES ?= 2000
 fuzz: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/test  ## random options, gradients and operations against a NumPy model, at length
-	@trap 'exit 130' INT; failed=; \
-	for backend in $(BACKENDS); do \
-	  echo "== KERAS_BACKEND=$$backend"; \
-	  FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(PY) -m pytest \
-	    --hypothesis-show-statistics $(FUZZ_TESTS) $(PYTEST_ARGS) || failed="$$failed $$backend"; \
-	done; \
-	test -z "$$failed"
+	$(call under_each_backend,FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_NUM_THREADS=1 $(PY) -m pytest \
+	  --hypothesis-show-statistics $(FUZZ_TESTS) $(PYTEST_ARGS))
 
 # Keep the machine idle meanwhile. `make bench BENCH_ARGS=--quick` shows in a minute that all works.
 bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other optimizers; writes benchmarks/results.md

@@ -13,8 +13,8 @@ import numpy as np
 import keras_adam
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
-from helpers import float64_allowed
-from steps import value_of
+from support.helpers import float64_allowed
+from support.steps import value_of
 
 BACKEND = keras.backend.backend()
 CHUNK = 10_000

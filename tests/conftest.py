@@ -4,6 +4,7 @@ A backend that was asked for and is missing fails the run: `import keras` below 
 torch, optax and keras itself serve as oracles whatever the backend is.
 """
 
+import fnmatch
 import importlib.metadata
 import os
 import re
@@ -26,7 +27,7 @@ import keras
 import numpy as np
 import pytest
 
-from helpers import random_problem
+from support.helpers import random_problem
 
 
 def pytest_configure(config):
@@ -37,6 +38,23 @@ def pytest_configure(config):
         )
     # Keras's convert_to_numpy, for torch's tensors under NumPy 2.
     config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(config, items):
+    """Mark as long each parameter of a test that its mark `short` does not name."""
+    marked, kept = set(), set()
+    for item in items:
+        for mark in item.iter_markers("short"):
+            test = item.nodeid.partition("[")[0]
+            marked.add(test)
+            if any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in mark.args):
+                kept.add(test)
+            else:
+                item.add_marker("long")
+    asked_for_one = any("::" in argument for argument in config.args)
+    if marked != kept and not asked_for_one:
+        raise pytest.UsageError(f"The mark `short` keeps no parameter of {sorted(marked - kept)}.")
 
 
 def pytest_report_header(config):

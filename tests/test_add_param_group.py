@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import keras_adam
-import reference
-from models import TOLERANCE, X, Y, assert_close, fit, weights
-from resume import load_state, save_state
+from support import reference
+from support.models import TOLERANCE, X, Y, assert_close, fit, weights
+from support.resume import load_state, save_state
 
 BACKEND = keras.backend.backend()
 _rng = np.random.default_rng(77)
@@ -148,6 +148,7 @@ def in_two_phases(case, select=lambda model: model.layers[0], epochs=(1, 1)):
     return model, net
 
 
+@pytest.mark.short("plain", "amsgrad of the old", "everything")
 @pytest.mark.parametrize("case", OPTIONS)
 def test_unfreeze(case):
     model, net = in_two_phases(case)
@@ -194,6 +195,7 @@ def test_added_patterns_are_resolved_without_an_explicit_build():
     assert_close(weights(model), net.weights)
 
 
+@pytest.mark.short("everything")
 @pytest.mark.parametrize("case", ["amsgrad of the new", "everything"])
 def test_saved_and_loaded(case, tmp_path):
     model, _ = in_two_phases(case)

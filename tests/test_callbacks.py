@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_adam
-from models import (
+from support.models import (
     BATCHES,
     EVERYTHING,
     TOLERANCE,

@@ -11,10 +11,20 @@ import numpy as np
 import pytest
 
 import keras_adam
-from helpers import SHAPES, make_variables, to_tensors
-from models import EVERYTHING, Expected, assert_close, fit, make_model, weights
-from resume import state_of
-from test_two_models import OWN_OPTIMIZER, fit_other, other_model, trained_optimizer
+from support.helpers import SHAPES, make_variables, to_tensors
+from support.models import (
+    EVERYTHING,
+    OWN_OPTIMIZER,
+    Expected,
+    assert_close,
+    fit,
+    fit_other,
+    make_model,
+    other_model,
+    trained_optimizer,
+    weights,
+)
+from support.resume import state_of
 
 
 def through_joblib(value):
@@ -35,6 +45,7 @@ in_each_way = pytest.mark.parametrize("make_copy", WAYS.values(), ids=WAYS)
 IS_COPY = f"is a copy, made by `copy.deepcopy`.*{OWN_OPTIMIZER}.*Received: "
 
 
+@pytest.mark.short("deepcopy", "pickle")
 @in_each_way
 def test_copy_goes_on_with_the_same_variables(make_copy):
     model = make_model(keras_adam.Adam(**EVERYTHING))
@@ -62,6 +73,7 @@ def test_model_and_optimizer_copied_together_go_on(way, container):
     assert_close(weights(copied[0]), expected)
 
 
+@pytest.mark.short("deepcopy", "pickle")
 @in_each_way
 def test_copy_in_another_model_is_refused(make_copy):
     copied = make_copy(trained_optimizer())
@@ -111,6 +123,7 @@ def test_configuration_of_a_copy_makes_one_for_another_model():
     assert_close(weights(model), Expected({"learning_rate": 0.02}).fit().weights)
 
 
+@pytest.mark.short("*-deepcopy")
 @in_each_way
 @pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
 def test_copy_of_one_that_was_not_used_serves_any_model(make_copy, built):
@@ -134,6 +147,7 @@ def test_names_tell_the_variables_of_a_copy_whatever_their_order():
     np.testing.assert_allclose(momenta, [0.3, 0.1], rtol=1e-6)
 
 
+@pytest.mark.short("bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_copy_holds_all_that_the_original_does(dtype):
     """Scalar and empty variables, groups by variables, one that joined late, accumulators, averages."""

@@ -1,7 +1,7 @@
 """Training on several devices ends where training on one ends, and all replicas hold the same weights.
 
-The trainings are those of replicas.py, in processes of their own: devices are set up before a framework starts. Devices
-are parts of this machine's CPU; where an engine has several processes, they speak over the loopback.
+The trainings are those of support/replicas.py, in processes of their own: devices are set up before a framework
+starts. Devices are parts of this machine's CPU; where an engine has several processes, they speak over the loopback.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import keras_adam  # noqa: F401 - a saved model names its class
-from replicas import CASES, cases_of
-from steps import BACKEND, KERAS, value_of
+from support.replicas import CASES, cases_of
+from support.steps import BACKEND, KERAS, value_of
 
-WORKER = Path(__file__).with_name("replicas.py")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 # Of float32 weights near 1, after 16 steps: gradients are summed in another order, and Adam divides by their size.
 ATOL = dict.fromkeys(CASES, 2e-5)
 # Each replica's gradient is rounded to 8 bits before they are summed. Steps are 0.01 long, weights 0.004 apart.
@@ -65,7 +65,7 @@ def free_address():
 
 
 def start(arguments, devices=8):
-    command = [sys.executable, str(WORKER), *map(str, arguments)]
+    command = [sys.executable, "-m", "support.replicas", *map(str, arguments)]
     return subprocess.Popen(
         command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -101,6 +101,7 @@ def one(tmp_path_factory):
     return replicas_in(out)
 
 
+@pytest.mark.short("data-parallel+shard_state", "mirrored", "ddp")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_devices(engine, one, tmp_path):
     processes, shown = ENGINES[engine]
@@ -134,10 +135,9 @@ EPOCHS = 4
 
 
 def launch(folder):
-    examples = WORKER.parents[1] / "examples"
-    arguments = [examples / EXAMPLE, "--epochs", EPOCHS, "--backup", folder]
+    arguments = [EXAMPLES / EXAMPLE, "--epochs", EPOCHS, "--backup", folder]
     return subprocess.Popen(
-        [sys.executable, examples / "launch.py", *map(str, arguments)],
+        [sys.executable, EXAMPLES / "launch.py", *map(str, arguments)],
         # The example makes its devices itself.
         env=environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]},
         stdout=subprocess.PIPE,
@@ -145,6 +145,7 @@ def launch(folder):
     )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     BACKEND == "jax" and KERAS < (3, 15), reason="`fit` in several processes took tf.data alone"
 )

@@ -19,7 +19,7 @@ import pytest
 
 import keras_adam
 import libraries
-from steps import BACKEND, KERAS
+from support.steps import BACKEND, KERAS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted({*ROOT.glob("docs/**/*.md")} - {libraries.PAGE})]
@@ -67,6 +67,7 @@ def test_page(page, tmp_path, monkeypatch):
             exec(compile("\n" * line + code, str(page), "exec"), names)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(KERAS != (3, 15), reason="the page is about Keras 3.15.1")
 def test_reproductions_of_faults(tmp_path):
     """Those in boxes too, in a process of their own: each row shows another outcome of Keras than of ours."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_adam
-from models import fit, make_model
+from support.models import fit, make_model
 
 BACKEND = keras.backend.backend()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_adam
-from models import (
+from support.models import (
     BATCH,
     BATCHES,
     EVERYTHING,
@@ -22,7 +22,7 @@ from models import (
     make_model,
     weights,
 )
-from steps import BACKEND, KERAS
+from support.steps import BACKEND, KERAS
 
 only = {
     backend: pytest.mark.skipif(BACKEND != backend, reason=f"a feature of {backend}")

@@ -1,6 +1,6 @@
 """Random variables, options, gradients and operations, against the model in `model_of_optimizer.py`.
 
-`make test` runs a few dozen examples, the same each time; `make fuzz` runs FUZZ_EXAMPLES (2,000) other
+`make test-long` runs a few dozen examples, the same each time; `make fuzz` runs FUZZ_EXAMPLES (2,000) other
 ones. What it has found stands below as tests of its own.
 
 What is not the same everywhere, and is compared within these bounds rather than kept away from:
@@ -29,10 +29,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import keras_adam
-import model_of_optimizer as model
-from helpers import float64_allowed
-from resume import load_state, save_state
-from steps import BACKEND, compiled_step, value_of
+from support import model_of_optimizer as model
+from support.helpers import float64_allowed
+from support.resume import load_state, save_state
+from support.steps import BACKEND, compiled_step, value_of
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 runs = settings(
@@ -491,6 +491,7 @@ def test_plan_that_was_found(plan):
     run(plan)
 
 
+@pytest.mark.long
 @runs
 @given(plans)
 def test_any_plan_gives_what_the_model_gives(plan):

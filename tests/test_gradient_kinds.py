@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_adam
-import reference
-from tolerances import TOLERANCES
+from support import reference
+from support.tolerances import TOLERANCES
 
 BACKEND = keras.backend.backend()
 FLOAT32 = TOLERANCES["float32"]
@@ -25,6 +25,7 @@ RANK_OPTIONS = {
 }
 
 
+@pytest.mark.short("plain-float32", "amsgrad-bfloat16", "accumulation-float16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("options", RANK_OPTIONS.values(), ids=RANK_OPTIONS)
 def test_nine_axes(options, dtype):
@@ -111,6 +112,13 @@ UNKNOWN_OPTIONS = {
 NOT_OF_THE_RULE = ("lazy", "skip_nonfinite")
 
 
+@pytest.mark.short(
+    "plain-float32",
+    "amsgrad-bfloat16",
+    "accumulation-float32",
+    "lazy-bfloat16",
+    "skip_nonfinite-float32",
+)
 @only_tensorflow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", UNKNOWN_OPTIONS.values(), ids=UNKNOWN_OPTIONS)

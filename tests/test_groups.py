@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import keras_adam
-from helpers import SHAPES, assert_same_trajectory, run, run_reference, run_torch
-from models import BATCHES, Expected, assert_close, fit, make_model, weights
-from steps import compiled_step, value_of
-from tolerances import TOLERANCES
+from support.helpers import SHAPES, assert_same_trajectory, run, run_reference, run_torch
+from support.models import BATCHES, Expected, assert_close, fit, make_model, weights
+from support.steps import compiled_step, value_of
+from support.tolerances import TOLERANCES
 
 BACKEND = keras.backend.backend()
 COMPILES = BACKEND != "torch"

@@ -9,12 +9,11 @@ import pytest
 from keras import ops
 from keras.src.backend.common.variables import AutocastScope
 
-import helpers
 import keras_adam
-import reference
 from keras_adam import rule
-from models import BATCH, X, Y, make_model
-from steps import value_of
+from support import helpers, reference
+from support.models import BATCH, X, Y, make_model
+from support.steps import sparse_gradient, value_of
 
 BACKEND = keras.backend.backend()
 HALF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a spacing, relative
@@ -119,6 +118,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.short("*-default", "bfloat16-corrected", "bfloat16-accumulation")
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [*(("bfloat16", name) for name in OPTIONS), ("float16", "default"), ("float16", "ema")],
@@ -139,6 +139,7 @@ def test_two_hundred_steps_far_below_the_spacing(dtype, name):
         np.testing.assert_allclose(numbers(variable), want, rtol=1.02 * HALF[dtype], atol=3e-5)
 
 
+@pytest.mark.short("bfloat16")
 @half
 def test_one_hundred_thousand_steps(dtype):
     """On a weight of 1.0, each of 1e-5: it ends at 0.0. Rounded to nearest, it would stay at 1.0."""
@@ -198,6 +199,7 @@ def test_second_moment_in_bfloat16_does_not_stall():
 BOTH_HALF = {"state_dtype": "bfloat16", "amsgrad": True}
 
 
+@pytest.mark.short("float16-options1", "bfloat16-options2")
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -335,6 +337,7 @@ def test_state_size(dtype, state_dtype, options):
         keras_adam.Adam().state_size()
 
 
+@pytest.mark.short("options0-float16", "options1-bfloat16")
 @half
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}, {"kahan_sum": False}])
 def test_save_and_go_on(dtype, options, tmp_path):
@@ -417,6 +420,7 @@ def stepper(optimizer, variables):
     return lambda gradients: optimizer.apply(gradients, variables)
 
 
+@pytest.mark.short("plain-True--inf", "accumulation-True-nan", "clipped-False--inf")
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize(
@@ -535,10 +539,8 @@ def test_small_float16_weights():
 @pytest.mark.parametrize("lazy", [False, True])
 def test_many_parts_of_a_row_are_summed_in_float32(lazy):
     """A sum of 0.75 stops at 256 in bfloat16."""
-    from test_lazy import sparse
-
     shape = (3, 2)
-    gradient = sparse(np.ones(4000, "int64"), np.full((4000, 2), 0.75), shape)
+    gradient = sparse_gradient(np.ones(4000, "int64"), np.full((4000, 2), 0.75), shape)
     if BACKEND == "jax":
         gradient = gradient.astype("bfloat16")
     elif BACKEND == "torch":

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import keras_adam
-import reference
-from steps import compiled_step, eager_step, either_way, value_of
+from support import reference
+from support.steps import compiled_step, eager_step, either_way, value_of
 
 START = np.array([1.0, -2.0, 3.0])
 GRADIENTS = [np.array([1.0, 0.1, -0.3]) * k for k in (1, -2, 0.5, 3, 1, 1)]

@@ -10,9 +10,8 @@ import keras
 import keras.src.optimizers
 import pytest
 
-from steps import KERAS
+from support.steps import KERAS
 
-HERE = pathlib.Path(__file__).parent
 KERAS_TESTS = pathlib.Path(keras.src.optimizers.__file__).parent
 # Two processes of about the same length.
 FILES = [
@@ -21,6 +20,7 @@ FILES = [
 ]
 
 
+@pytest.mark.short("adam_test.py+*")
 @pytest.mark.skipif(KERAS < (3, 15), reason="Keras before 3.15 was packed without its tests")
 @pytest.mark.parametrize("files", FILES, ids="+".join)
 def test_passes(files, tmp_path):
@@ -29,9 +29,16 @@ def test_passes(files, tmp_path):
         **os.environ,
         "KERAS_BACKEND": keras.backend.backend(),
         "KERAS_SUITE_REPORT": str(tmp_path / "report.json"),
-        "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    options = ["-p", "keras_suite_plugin", "-p", "no:cacheprovider", "-c", tmp_path / "pytest.ini"]
+    options = [
+        "-p",
+        "support.keras_suite_plugin",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        tmp_path / "pytest.ini",
+    ]
     options += ["--rootdir", KERAS_TESTS, "-q", "-W", "ignore", "--tb", "short"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(KERAS_TESTS / file for file in files)],

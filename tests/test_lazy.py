@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import keras_adam
-import reference
-from models import assert_close
-from tolerances import TOLERANCES
+from support import reference
+from support.models import assert_close
+from support.steps import sparse_gradient
+from support.tolerances import TOLERANCES
 
 BACKEND = keras.backend.backend()
 ROWS, WIDTH = 11, 3
@@ -16,19 +17,7 @@ FLOAT32 = TOLERANCES["float32"]
 
 
 def sparse(indices, values, shape=(ROWS, WIDTH)):
-    """A sparse gradient of the backend's own kind."""
-    indices, values = np.asarray(indices, "int32"), np.asarray(values, "float32")
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        return tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant(shape))
-    if BACKEND == "jax":
-        import jax.numpy as jnp
-        from jax.experimental.sparse import BCOO
-
-        return BCOO((jnp.array(values), jnp.array(indices[:, None])), shape=shape)
-    indices, values = torch.tensor(indices[None].astype("int64")), torch.tensor(values)
-    return torch.sparse_coo_tensor(indices, values, shape)
+    return sparse_gradient(indices, values, shape)
 
 
 def problem(steps):

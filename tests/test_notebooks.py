@@ -34,6 +34,7 @@ def test_each_notebook_runs_somewhere():
     assert sorted(name for names in RUN.values() for name in names) == [p.stem for p in STORED]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUN[keras.backend.backend()])
 def test_runs(name, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())

@@ -5,7 +5,7 @@ import optax
 import pytest
 import torch
 
-from helpers import (
+from support.helpers import (
     assert_same_trajectory,
     float64_allowed,
     run,
@@ -14,7 +14,7 @@ from helpers import (
     run_torch,
     without_empty,
 )
-from tolerances import EXACT, TOLERANCES
+from support.tolerances import EXACT, TOLERANCES
 
 TORCH_CASES = {
     "adam": (torch.optim.Adam, {}),

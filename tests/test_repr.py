@@ -4,8 +4,8 @@ import keras
 import pytest
 
 import keras_adam
-from models import fit, make_model
-from steps import compiled_step, eager_step
+from support.models import fit, make_model
+from support.steps import compiled_step, eager_step
 
 SCHEDULE = keras.optimizers.schedules.CosineDecay(0.01, 10)
 

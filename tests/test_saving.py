@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -11,10 +10,9 @@ import numpy as np
 import pytest
 
 import keras_adam
-from models import Expected, assert_close, fit, make_model, weights
-from resume import FROM_KERAS, OPTIMIZERS, SCHEDULE, resume, state_of
+from support.models import Expected, assert_close, fit, make_model, weights
+from support.resume import FROM_KERAS, OPTIMIZERS, SCHEDULE, resume, state_of
 
-HERE = pathlib.Path(__file__).parent
 BACKEND = keras.backend.backend()
 
 
@@ -30,16 +28,18 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.short("everything", "keras")
 @pytest.mark.parametrize("name", OPTIMIZERS | FROM_KERAS)
 def test_goes_on(saved, name):
     resume(saved / f"{name}.keras")
 
 
+@pytest.mark.short("jax", "torch")
 @pytest.mark.parametrize("other", sorted({"jax", "tensorflow", "torch"} - {BACKEND}))
 def test_goes_on_under_another_backend(saved, other):
     environment = {**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, HERE / "resume.py", saved],
+        [sys.executable, "-m", "support.resume", saved],
         env=environment,
         capture_output=True,
         text=True,
@@ -118,6 +118,7 @@ MISFITS = {
 }
 
 
+@pytest.mark.short("fewer variables-built", "average for maximum-unbuilt", "*Keras's-built")
 @pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
 @pytest.mark.parametrize("case", MISFITS)
 def test_state_that_does_not_fit(case, built, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_adam
-from models import EVERYTHING, Expected, assert_close, fit, make_model, weights
+from support.models import EVERYTHING, Expected, assert_close, fit, make_model, weights
 
 
 def trained_tree(value_format="backend_tensor", **options):

@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 import keras_adam
-from helpers import make_variables, random_problem, to_numpy, to_tensors
-from tolerances import AGAINST_KERAS, TOLERANCES
+from support.helpers import make_variables, random_problem, to_numpy, to_tensors
+from support.tolerances import AGAINST_KERAS, TOLERANCES
 
 
 def halved(base):
@@ -168,6 +168,7 @@ def test_half_the_rate_is_half_the_step(dtype):
     np.testing.assert_allclose(moved[1], moved[0] / 2, rtol=1e-2)
 
 
+@pytest.mark.short("update_step", "apply", "build and add_optimizer_variables", "*DType*")
 @CASES
 def test_in_fit(make, options, rng):
     """As `fit` compiles it, with the model's own gradients; on PyTorch it does not compile."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_adam
-from tolerances import TOLERANCES
+from support.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="TensorFlow's own checkpoints"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import keras_adam
-from models import EVERYTHING, X, Y, fit, gradients, make_model, weights
-from steps import BACKEND, values_of
+from support.models import EVERYTHING, X, Y, fit, gradients, make_model, weights
+from support.steps import BACKEND, values_of
 
 OPTIONS = [
     {**EVERYTHING, "param_groups": [{"params": ".*bias", "weight_decay": 0.0}]},

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_adam
-import reference
-from tolerances import TOLERANCES
+from support import reference
+from support.tolerances import TOLERANCES
 
 if keras.backend.backend() != "torch":
     pytest.skip("only PyTorch's tensors share memory and modes", allow_module_level=True)

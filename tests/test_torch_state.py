@@ -264,6 +264,15 @@ def both_inputs(kind, rng):
     return (x if kind in SEQUENCES else channels_last(x)), torch.tensor(x)
 
 
+@pytest.mark.short(
+    "Dense",
+    "Conv2D",
+    "Conv2DTranspose",
+    "DepthwiseConv2D",
+    "Embedding",
+    "MultiHeadAttention",
+    "LSTM",
+)
 @pytest.mark.parametrize("case", LAYERS)
 def test_a_moment_lies_where_its_weight_lies(rng, case):
     """Weights that are sent through `load_state_dict` as if they were momenta make the layer compute what PyTorch's
@@ -446,6 +455,7 @@ def assert_ends_alike(model, module):
         np.testing.assert_allclose(array(got), array(want), rtol=0, atol=1e-5, err_msg=note)
 
 
+@pytest.mark.short("mlp-adamw", "attention-adam")
 @pytest.mark.parametrize("options", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_hand_over(rng, name, options):

@@ -9,10 +9,10 @@ import torch
 from keras import layers, ops
 
 import keras_adam
-import reference
-from helpers import assert_same_trajectory, random_problem, run, run_torch
-from steps import BACKEND, KERAS
-from tolerances import TOLERANCES
+from support import reference
+from support.helpers import assert_same_trajectory, random_problem, run, run_torch
+from support.steps import BACKEND, KERAS
+from support.tolerances import TOLERANCES
 
 torch.set_num_threads(1)  # For tensors this small a second thread only costs.
 

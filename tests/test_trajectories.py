@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import keras_adam
-import reference
-from helpers import (
+from support import reference
+from support.helpers import (
     assert_same_trajectory,
     float64_allowed,
     make_variables,
@@ -23,7 +23,7 @@ from helpers import (
     to_tensors,
     without_empty,
 )
-from tolerances import AGAINST_KERAS, HALF_PRECISION_STEPS, TOLERANCES
+from support.tolerances import AGAINST_KERAS, HALF_PRECISION_STEPS, TOLERANCES
 
 FLOAT32 = TOLERANCES["float32"]
 
@@ -65,6 +65,14 @@ DECAY = {
 SIGN = {"": {}, "maximize": {"maximize": True}}
 
 
+@pytest.mark.short(
+    "adam-epsilon_hat",
+    "adam-epsilon-L2-maximize",
+    "amsgrad-epsilon",
+    "amsgrad-epsilon_hat-decoupled-maximize",
+    "amsgrad_corrected-epsilon_hat-L2",
+    "amsgrad_corrected-epsilon-decoupled",
+)
 @cases(grid(AMSGRAD, EPSILON, DECAY, SIGN))
 def test_rule(options, problem):
     actual = run(keras_adam.Adam(**options), *problem)
@@ -230,6 +238,7 @@ def test_float64(options, problem):
     assert_same_trajectory(actual, run_reference(*problem, **options), TOLERANCES["float64"])
 
 
+@pytest.mark.short("bfloat16-all_at_once", "float16-default", "float16-corrected_L2")
 @cases(EAGER)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, options, rng):
@@ -282,6 +291,7 @@ def test_assigned_learning_rate_holds_from_the_next_step(problem):
 # Against Keras ---------------------------------------------------------------------------------
 
 
+@pytest.mark.short("default", "betas", "weight_decay", "ema_overwrite", "accumulation_and_all")
 @cases(
     {
         "default": {},

@@ -7,30 +7,15 @@ from keras.wrappers import SKLearnClassifier
 from sklearn.base import clone
 
 import keras_adam
-from models import BATCH, X, fit, make_model
-
-OWN_OPTIMIZER = (
-    "If this is another model, give it an optimizer of its own: "
-    r"`Adam\.from_config\(optimizer\.get_config\(\)\)`"
+from support.models import (
+    OWN_OPTIMIZER,
+    X,
+    fit,
+    fit_other,
+    make_model,
+    other_model,
+    trained_optimizer,
 )
-
-
-def trained_optimizer(**options):
-    model = make_model(keras_adam.Adam(**{"learning_rate": 0.02} | options))
-    fit(model)
-    return model.optimizer
-
-
-def other_model(optimizer, units=(2,), name="other"):
-    layers = [keras.layers.Dense(n, name=f"dense_{i}") for i, n in enumerate(units)]
-    model = keras.Sequential([keras.Input((4,)), *layers], name=name)
-    model.compile(optimizer, loss="mse")
-    return model
-
-
-def fit_other(model):
-    y = np.zeros((len(X), *model.output_shape[1:]), "float32")
-    model.fit(X, y, batch_size=BATCH, shuffle=False, verbose=0)
 
 
 @pytest.mark.parametrize("units", [(2,), (3,), (2, 2), (4, 2)], ids=str)

@@ -10,7 +10,7 @@ import sys
 import keras
 
 import keras_adam
-from models import EVERYTHING, START, fit, make_model
+from support.models import EVERYTHING, START, fit, make_model
 
 HERE = pathlib.Path(__file__).parent
 

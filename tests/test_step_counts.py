@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import keras_adam
-from models import fit, make_model
-from resume import state_of
-from steps import BACKEND, compiled_step, either_way, value_of
+from support.models import fit, make_model
+from support.resume import state_of
+from support.steps import BACKEND, compiled_step, either_way, value_of
 
 # Of `iterations`: Keras makes it int64 on TensorFlow.
 LAST = 2**63 - 1 if BACKEND == "tensorflow" else 2**31 - 1
@@ -62,6 +62,7 @@ def test_variable_that_joins_late_starts_at_its_own_step_one(make_step, count):
         np.testing.assert_allclose(value_of(late), [1 - 0.01 * steps, 0.01 * steps - 1], 1e-5)
 
 
+@pytest.mark.short("*-0-*", "*-2-*")
 @either_way
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 @pytest.mark.parametrize(

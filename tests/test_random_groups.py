@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import keras_adam
-import reference
+from support import reference
 
 STEPS = 8
 # Gradients are at least 0.1, hence no step is larger than some 10 rates; ten steps of float32.

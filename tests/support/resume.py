@@ -1,4 +1,4 @@
-"""Load what another backend saved, check the state, and go on training: `resume.py FOLDER`."""
+"""Load what another backend saved, check the state, and go on training: `python -m support.resume FOLDER`."""
 
 import pathlib
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 from keras.src.saving.saving_lib import H5IOStore
 
 import keras_adam
-from models import EVERYTHING, Expected, assert_close, fit, make_model, weights
+from support.models import EVERYTHING, Expected, assert_close, fit, make_model, weights
 
 SCHEDULE = {"initial_learning_rate": 0.02, "decay_steps": 4, "decay_rate": 0.5}
 

@@ -1,4 +1,4 @@
-"""Train on one device and on several, in a process of its own: `python replicas.py ENGINE OUT [RANK ADDRESS]`.
+"""Train on one device or on several: `python -m support.replicas ENGINE OUT [RANK ADDRESS]`.
 
 Writes, for each case, the weights that each replica of this process ended with. The engine "one" is a single device.
 With a rank and the address of the first of two processes, this is one of the two.

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import keras_adam
-from models import EVERYTHING, Expected, assert_close, fit, make_model, weights
-from resume import load_state, save_state, state_of
-from steps import BACKEND, KERAS, slots
+from support.models import EVERYTHING, Expected, assert_close, fit, make_model, weights
+from support.resume import load_state, save_state, state_of
+from support.steps import BACKEND, KERAS, slots
 
 OLD = pathlib.Path(__file__).parent / "files"
 ARRAYS = "optimizer/vars"
@@ -226,6 +226,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.short("SGD", "Nadam")
 @pytest.mark.parametrize("name", OTHERS)
 def test_state_of_another_optimizer(name, tmp_path):
     """Adamax, Lamb and RMSprop have as many arrays of the same shapes."""
@@ -323,6 +324,7 @@ EDITS = {
 }
 
 
+@pytest.mark.short("built-*")
 @pytest.mark.parametrize("case", EDITS)
 @pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
 def test_edited(case, built, edited, target):

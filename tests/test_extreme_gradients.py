@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import keras_adam
-import reference
 from keras_adam import rule
-from steps import BACKEND, either_way, value_of
-from tolerances import TOLERANCES
+from support import reference
+from support.steps import BACKEND, either_way, value_of
+from support.tolerances import TOLERANCES
 
 # What TensorFlow's kernel does not do: it makes such an element NaN, as the documentation tells.
 BY_PORTABLE_PATH = ("amsgrad", "amsgrad_corrected")
@@ -91,6 +91,7 @@ DERIVATIVE_OPTIONS = {
 }
 
 
+@pytest.mark.short("plain", "global_clipnorm")
 @pytest.mark.skipif(BACKEND != "jax", reason="only on JAX is a step a function without effects")
 @pytest.mark.parametrize("name", DERIVATIVE_OPTIONS)
 def test_derivative_of_a_step_where_a_gradient_is_zero(name):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import keras_adam
-import reference
-from test_fast_paths import OPTIONS, Portable, run
-from tolerances import AGAINST_KERAS, TOLERANCES
+from support import reference
+from support.portable import OPTIONS, Portable, run
+from support.tolerances import AGAINST_KERAS, TOLERANCES
 
 if keras.backend.backend() != "jax":
     pytest.skip("only JAX compiles an eager step", allow_module_level=True)
@@ -150,6 +150,9 @@ def test_what_comes_often_is_compiled(rng, monkeypatch):
     assert_close(variables, [v.numpy() for v in theirs], AGAINST_KERAS)
 
 
+@pytest.mark.short(
+    "plain-float32", "l2-bfloat16", "accumulation_ema_clip-bfloat16", "groups-float32"
+)
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(

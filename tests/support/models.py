@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 
-import reference
+import keras_adam
+from support import reference
 
 if keras.backend.backend() == "torch":
     import torch
@@ -145,3 +146,29 @@ def gradients_of(weights, x, y):
 def mean_squared_error(weights, x, y):
     kernel, bias = weights
     return np.mean((x @ kernel + bias - y) ** 2)
+
+
+# One optimizer in two models
+
+OWN_OPTIMIZER = (
+    "If this is another model, give it an optimizer of its own: "
+    r"`Adam\.from_config\(optimizer\.get_config\(\)\)`"
+)
+
+
+def trained_optimizer(**options):
+    model = make_model(keras_adam.Adam(**{"learning_rate": 0.02} | options))
+    fit(model)
+    return model.optimizer
+
+
+def other_model(optimizer, units=(2,), name="other"):
+    layers = [keras.layers.Dense(n, name=f"dense_{i}") for i, n in enumerate(units)]
+    model = keras.Sequential([keras.Input((4,)), *layers], name=name)
+    model.compile(optimizer, loss="mse")
+    return model
+
+
+def fit_other(model):
+    y = np.zeros((len(X), *model.output_shape[1:]), "float32")
+    model.fit(X, y, batch_size=BATCH, shuffle=False, verbose=0)

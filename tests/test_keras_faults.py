@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 import keras_adam
-import reference
-from models import Expected, assert_close, fit, make_model, weights
-from steps import BACKEND, eager_step, slots, value_of
-from tolerances import TOLERANCES
+from support import reference
+from support.models import Expected, assert_close, fit, make_model, weights
+from support.steps import BACKEND, eager_step, slots, value_of
+from support.tolerances import TOLERANCES
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 EVERYWHERE = ("jax", "tensorflow", "torch")
@@ -236,6 +236,7 @@ def on_replicas_of(cls):
     return on_two_replicas("keras_adam.Adam" if ours else "keras.optimizers.Adam")
 
 
+@pytest.mark.short("ours")
 @row(6)
 @only("tensorflow")
 @fault("tensorflow")

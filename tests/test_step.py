@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_adam
-import reference
-from steps import BACKEND, compiled_step, either_way, slots, value_of, values_of
+from support import reference
+from support.steps import BACKEND, compiled_step, either_way, slots, value_of, values_of
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 without_some = pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")

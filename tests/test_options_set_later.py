@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 import keras_adam
-from helpers import make_variables, random_problem, to_numpy, to_tensors
-from tolerances import TOLERANCES
+from support.helpers import make_variables, random_problem, to_numpy, to_tensors
+from support.tolerances import TOLERANCES
 
 BACKEND = keras.backend.backend()
 # Each option that a step obeys, with a value that changes its result.

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import optax
 
-import reference
+from support import reference
 
 try:
     from jax import enable_x64

@@ -14,6 +14,24 @@ def to_tensor(gradient, variable):
     return keras.ops.convert_to_tensor(gradient, dtype=variable.dtype)
 
 
+def sparse_gradient(indices, values, shape):
+    """Rows of a gradient, in the backend's own kind of sparse tensor."""
+    indices, values = np.asarray(indices, "int32"), np.asarray(values, "float32")
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant(shape))
+    if BACKEND == "jax":
+        import jax.numpy as jnp
+        from jax.experimental.sparse import BCOO
+
+        return BCOO((jnp.array(values), jnp.array(indices[:, None])), shape=shape)
+    import torch
+
+    indices, values = torch.tensor(indices[None].astype("int64")), torch.tensor(values)
+    return torch.sparse_coo_tensor(indices, values, shape)
+
+
 def eager_step(optimizer, variables):
     def step(*gradients):
         tensors = [to_tensor(g, v) for g, v in zip(gradients, variables, strict=True)]

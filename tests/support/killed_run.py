@@ -1,8 +1,8 @@
-"""Trains under BackupAndRestore and dies where it is told: `lives.py FOLDER NAME PLAN`.
+"""Trains under BackupAndRestore and dies where it is told: `python -m support.killed_run FOLDER RUNS`.
 
-PLAN is JSON: a list of the places of death, one for each life; the last life ends by itself. Each
-life is a process of its own, forked before the backend has done anything, and is killed by SIGKILL. What the
-last one ends with is written to FOLDER/NAME.npz.
+RUNS is JSON: for each run its configuration, its name, and the places of death, one for each life. The last life ends
+by itself. Each life is a process of its own, forked before the backend has done anything, and is killed by SIGKILL.
+What the last one ends with is written to FOLDER/NAME.npz.
 """
 
 import json
@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 import keras_adam
-from steps import value_of
+from support.steps import value_of
 
 EPOCHS, BATCHES, BATCH = 5, 5, 4
 

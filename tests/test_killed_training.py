@@ -11,7 +11,6 @@ What that callback leaves to be desired is its own, and the optimizer can do not
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -19,21 +18,20 @@ import keras
 import numpy as np
 import pytest
 
-from lives import BATCHES, CONFIGURATIONS, EPOCHS
+from support.killed_run import BATCHES, CONFIGURATIONS, EPOCHS
 
 BACKEND = keras.backend.backend()
-HERE = pathlib.Path(__file__).parent
-IS_LONG = bool(os.environ.get("FUZZ_EXAMPLES"))
-DEATHS = 12 if IS_LONG else 2
+IS_FUZZ = bool(os.environ.get("FUZZ_EXAMPLES"))
+DEATHS = 12 if IS_FUZZ else 2
 # Each life compiles anew, which takes most of its time.
-NAMES = list(CONFIGURATIONS) if IS_LONG else ["everything", "bfloat16"]
+NAMES = list(CONFIGURATIONS) if IS_FUZZ else ["everything", "bfloat16"]
 
 
 def train(folder, runs):
     """Each run is a configuration, a name and the deaths; all in one process that forks each life."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, HERE / "lives.py", folder, json.dumps(runs)],
+        [sys.executable, "-m", "support.killed_run", folder, json.dumps(runs)],
         env=environment,
         capture_output=True,
         text=True,
@@ -54,9 +52,10 @@ def deaths(rng):
     return places
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each life is forked")
 def test_ends_to_the_bit_where_an_undisturbed_run_ends(tmp_path):
-    rng = np.random.default_rng(None if IS_LONG else 9)
+    rng = np.random.default_rng(None if IS_FUZZ else 9)
     runs = [[name, name, []] for name in NAMES]
     runs += [[name, f"{name}-killed", deaths(rng)] for name in NAMES]
     train(tmp_path, runs)

@@ -85,6 +85,7 @@ def test_state_follows_the_layout_of_its_variable():
     """)
 
 
+@pytest.mark.long
 def test_jitted_loop_of_ones_own_leaves_the_weights_whole_and_the_state_spread():
     run_with_eight_devices("""
         import jax, keras, keras_adam, numpy as np
@@ -107,6 +108,7 @@ def test_jitted_loop_of_ones_own_leaves_the_weights_whole_and_the_state_spread()
     """)
 
 
+@pytest.mark.long
 def test_files_fit_any_number_of_devices(tmp_path):
     """Each device holds its share; a file is whole, and training goes on from it on eight devices, four, or one."""
     run_with_eight_devices(f"""

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 
-import helpers
 import keras_adam
-from models import fit, make_model, weights
+from support import helpers
+from support.models import fit, make_model, weights
 
 BACKEND = keras.backend.backend()
 only_jax = pytest.mark.skipif(BACKEND != "jax", reason="JAX's trainer holds the state itself")
