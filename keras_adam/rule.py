@@ -146,10 +146,12 @@ def adam_step(
 
 # Half precision: a parameter of 8 or 11 bits is kept together with what rounding took from it.
 
-_DROPPED = {
+DROPPED = {
     "bfloat16": 16,
     "float16": 13,
 }  # bits of float32's significand that the dtype does not have
+# Of what rounding took, so much must still round to the same value, or the value was set from outside.
+FITTING = 0.99
 _SMALLEST = 2.0**-24  # spacing of float16 below its smallest normal number, 2^-14
 # What rounding takes is kept times this: what it takes from a small float16 would be too small for another one.
 _MAGNIFIED = {"bfloat16": 1, "float16": 2**11}
@@ -164,7 +166,7 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
 
     By integer arithmetic: compilers take a cast there and back for nothing. On JAX its derivative is 1, as a cast's is.
     """
-    drop = _DROPPED[dtype]
+    drop = DROPPED[dtype]
     bits = view(x, "int32")
     if dither is None:
         up = 2 ** (drop - 1) - 1 + ops.bitwise_and(ops.bitwise_right_shift(bits, drop), 1)
@@ -217,7 +219,7 @@ def joined(p: Tensor, lost: Tensor, dtype: str) -> Tensor:
     If `lost` is more than rounding can have taken, `p` has been set to something else since, and stands alone.
     """
     lost = lost / _MAGNIFIED[dtype]
-    fits = rounded(p + 0.99 * lost, dtype) == p
+    fits = rounded(p + FITTING * lost, dtype) == p
     return where(fits, p + lost, p)
 
 

@@ -155,7 +155,7 @@ def _joined(p, lost, dtype: str):
     if dtype != "bfloat16":
         return rule.joined(p.float(), lost.float(), dtype)
     wide, lost = p.float(), lost.float()
-    rounded = lost.mul(0.99).add_(wide).to(p.dtype)
+    rounded = lost.mul(rule.FITTING).add_(wide).to(p.dtype)
     away = rounded.view(torch.int16).bitwise_xor_(p.view(torch.int16))  # 0 where they are the same
     fits = away.neg().bitwise_or_(away).bitwise_right_shift_(15).bitwise_not_()  # all bits, or none
     lost.view(torch.int32).bitwise_and_(fits.to(torch.int32))
@@ -177,7 +177,8 @@ def _dithered(x, dither):
     if x.device.type != "cpu" or not x.sum().isfinite():
         return rule.rounded(x, "bfloat16", dither)
     bits = x.view(torch.int32)
-    bits.add_((dither * 2**16).to(torch.int32)).bitwise_right_shift_(16)
+    drop = rule.DROPPED["bfloat16"]
+    bits.add_((dither * 2**drop).to(torch.int32)).bitwise_right_shift_(drop)
     return bits.to(torch.int16).view(torch.bfloat16)
 
 
