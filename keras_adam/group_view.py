@@ -55,8 +55,8 @@ class GroupView(Mapping):
             return
         if name not in NUMERIC:
             raise ValueError(
-                f"A parameter group's `{name}` cannot be set: only numbers can, which are {', '.join(NUMERIC)}. "
-                f"Received: {name}={value!r}"
+                f"`{name}` cannot be set after the constructor: of what a parameter group has, only numbers can, "
+                f"which are {', '.join(NUMERIC)}. Make a new optimizer for it. Received: {name}={value!r}"
             )
         if group.is_default:
             if name == "learning_rate":

@@ -59,7 +59,9 @@ class Layouts:
         for name in ("step", *names):
             if name not in moments:
                 raise ValueError(
-                    f"The state of '{path_of(variable)}' in the state dict lacks '{name}'."
+                    f"The state of '{path_of(variable)}' in the state dict lacks '{name}'"
+                    + ": create the optimizer with `amsgrad=False`."
+                    * (name == names[-1] and amsgrad)
                 )
         arrays = {name: self.from_torch(variable, to_numpy(moments[name])) for name in names}
         step = float(to_numpy(moments["step"]))

@@ -1,5 +1,6 @@
 """The state as `torch.optim.Adam.state_dict` has it: written, and read back."""
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -269,9 +270,15 @@ class TorchState:
         places = []
         for variable in variables:
             is_path = isinstance(variable, str)
-            name = variable if is_path else path_of(variable)
-            if variable not in (by_path if is_path else self.parameters):
-                raise ValueError(f"{argument} must be the optimizer's. Received: '{name}'")
+            is_variable = hasattr(variable, "assign")
+            name = variable if is_path else path_of(variable) if is_variable else repr(variable)
+            known = by_path if is_path else self.parameters
+            if not (is_path or is_variable) or variable not in known:
+                near = difflib.get_close_matches(name, paths, n=3, cutoff=0.3) or paths[:3]
+                raise ValueError(
+                    f"{argument} must be the optimizer's, as variables or whole paths; the nearest paths are "
+                    f"{', '.join(map(repr, near))}. Received: '{name}'"
+                )
             if is_path and paths.count(variable) > 1:
                 raise ValueError(
                     f"{argument} must be variables where a path means several. Received: '{variable}'"
@@ -321,12 +328,16 @@ def _check_format(state_dict, groups: int) -> None:
     if len(saved) != groups:
         raise ValueError(
             f"`state_dict` must have as many parameter groups as the optimizer has with variables, {groups}. "
-            f"Received: {len(saved)}"
+            f"Received: {len(saved)}. Create the optimizer with the groups that the saved one had, "
+            "`param_groups=[...]`, in their order"
         )
     for i, group in enumerate(saved):
         for name in ("lr", "betas", "eps", "weight_decay", "params"):
             if name not in group:
-                raise ValueError(f"`param_groups[{i}]` of the state dict lacks '{name}'.")
+                raise ValueError(
+                    f"`param_groups[{i}]` of the state dict lacks '{name}': it is not one of Adam or AdamW. "
+                    f"Received: the keys {sorted(map(str, group))}"
+                )
 
 
 def _places_of_numbers(state_dict, packed: _Packed) -> dict[int, int]:
