@@ -14,6 +14,7 @@ import torch
 from keras_adam import keras_private, rule
 from keras_adam.engines.base import Bucket
 from keras_adam.parameters import MOMENTS
+from keras_adam.storage import Dithered
 
 # PyTorch's own fused Adam, one call for many tensors. The function around it in `torch.optim` sorts the tensors by
 # device and dtype at each call, which for many small ones takes longer than the kernel: here they are sorted once.
@@ -82,7 +83,8 @@ class Tensors:
         self.dtype, self.device = first.dtype, first.device
         is_half = self.dtype.itemsize < 4
         wide = torch.float32 if is_half else self.dtype
-        self.has_half_state = wide is torch.float32 and self.m[0].dtype is torch.bfloat16
+        dithered = slots[0][0].storage == Dithered("bfloat16")
+        self.has_half_state = wide is torch.float32 and dithered
         self.in_pieces = is_half or self.has_half_state
         with torch.inference_mode(False):  # else it could be written to in inference mode alone
             self.step = torch.zeros((), dtype=torch.float32, device=self.device)
