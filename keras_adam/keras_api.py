@@ -147,6 +147,9 @@ class KerasVocabulary(State):
             self._engine.update(grads, trainable_variables, learning_rate)
             return
         grads = self._engine.apart(grads, trainable_variables)
+        if not self._overrides("update_step"):
+            self._engine.update_each(grads, trainable_variables, learning_rate)
+            return
         for gradient, variable in zip(grads, trainable_variables, strict=True):
             self.update_step(gradient, variable, learning_rate)
 

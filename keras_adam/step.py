@@ -61,6 +61,8 @@ class Step:
             grads = engine.reduce(grads)
             if self.lazy:
                 grads = [g.summed() if isinstance(g, Rows) else g for g in grads]
+            # One that is overwritten with its gradient has no update.
+            absent = [v for v in absent if engine.parameters[v].momentum is not None]
             act = functools.partial(self._act, grads, variables, absent)
             if config.skip_nonfinite:
                 is_done = engine.are_finite(values_of(grads))

@@ -244,3 +244,16 @@ def test_a_gradient_that_is_the_value_of_another_variable(options, compiled):
         apply()
         for got, want in zip(variables, oracle.parameters, strict=True):
             np.testing.assert_allclose(value_of(got), want, **CLOSE)
+
+
+def test_accumulation_without_a_gradient_for_what_has_no_moments():
+    """A variable that is overwritten with its gradient waits for one."""
+    moved, scale = keras.Variable([1.0]), keras.Variable([5.0])
+    scale.overwrite_with_gradient = True
+    optimizer = keras_adam.Adam(0.1, gradient_accumulation_steps=2)
+    optimizer.build([moved, scale])
+    one = keras.ops.ones(1)
+    optimizer.apply([one, 7 * one], [moved, scale])
+    optimizer.apply([one, None], [moved, scale])
+    np.testing.assert_allclose(value_of(moved), [0.9], rtol=1e-6)
+    assert np.isfinite(value_of(scale)).all()

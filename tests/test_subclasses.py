@@ -262,3 +262,20 @@ def test_state_of_a_subclass_is_saved(tmp_path, rng):
     for each in (model, loaded):
         each.fit(x, y, shuffle=False, verbose=0)
     np.testing.assert_array_equal(model.predict(x, verbose=0), loaded.predict(x, verbose=0))
+
+
+def test_numbers_are_asked_once_a_step():
+    """With `assign` of a subclass too, a callable gives all variables the same number."""
+
+    class Assigning(keras_adam.Adam):
+        def assign(self, variable, value):
+            super().assign(variable, value)
+
+    asked = []
+    optimizer = Assigning(0.1, beta_1=lambda: asked.append(1) or 0.9 - 0.01 * len(asked))
+    variables = [keras.Variable([1.0]) for _ in range(3)]
+    for _ in range(2):
+        optimizer.apply([ops.ones(1)] * 3, variables)
+    assert len(asked) == 2
+    values = np.array(to_numpy(variables))
+    np.testing.assert_array_equal(values, np.broadcast_to(values[0], values.shape))

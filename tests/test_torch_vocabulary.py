@@ -567,3 +567,19 @@ def test_zero_grad(set_to_none):
         assert b.value.grad is None
     np.testing.assert_array_equal(array(a), START[0])
     problem.check(problem.optimizer.minimize(problem.loss))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch keeps gradients on the variables")
+def test_closure_that_writes_to_old_gradients():
+    """Zeros written in place are no call of `backward`: the loss is differentiated."""
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = keras_adam.Adam(0.1)
+    optimizer.build([variable])
+    variable.value.grad = torch.ones(2)
+
+    def closure():
+        optimizer.zero_grad(set_to_none=False)
+        return (variable.value * variable.value).sum()
+
+    optimizer.step(closure)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(variable), [0.9, 1.9], rtol=1e-6)

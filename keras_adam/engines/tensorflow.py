@@ -46,6 +46,12 @@ class TensorFlowEngine(Engine):
 
         tf.cond(condition, run, tf.no_op)
 
+    def count(self, is_done: Tensor) -> None:
+        if is_done is True:
+            self.optimizer._iterations.assign_add(1)  # an int64, which threads may share
+        else:
+            super().count(is_done)
+
     def assign(self, variable: Variable, value: Tensor) -> None:
         variable = _component(variable)
         variable.assign(tf.cast(value, variable.dtype))

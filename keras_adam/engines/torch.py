@@ -274,14 +274,20 @@ class TorchEngine(Engine):
         self, loss_fn: Callable[[], Tensor], variables: list[Variable]
     ) -> tuple[Tensor, list[Any]]:
         values = [v.value for v in variables]
-        # The old ones are held, so that no new one can be mistaken for one of them.
-        before = [(v.grad, None if v.grad is None else _version(v.grad)) for v in values]
+        before = [v.grad for v in values]  # held, so that no new one can be mistaken for an old one
+        # A closure in PyTorch's way may call `loss.backward()` itself, or assign gradients.
+        called: list[Any] = []
+        leaves = [v for v in values if v.requires_grad and v.is_leaf]
+        hooks = [v.register_post_accumulate_grad_hook(called.append) for v in leaves]
         with torch.enable_grad():
-            loss = loss_fn()
-            # A closure in PyTorch's way may have called `loss.backward()` itself.
-            done = any(
-                v.grad is not None and (v.grad is not old or _version(v.grad) != version)
-                for v, (old, version) in zip(values, before, strict=True)
+            try:
+                loss = loss_fn()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            done = bool(called) or any(
+                v.grad is not None and v.grad is not old
+                for v, old in zip(values, before, strict=True)
             )
             if done:
                 return loss.detach(), [v.grad for v in values]
