@@ -48,10 +48,11 @@ def names_are_known(function: _F) -> _F:
         for name, value in options.items():
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"perhaps `{near[0]}` is meant" if near else f"known are {', '.join(known)}"
+                hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
                 instead = _INSTEAD.get(name, hint).format(**_words(self))
+                end = "" if instead.endswith("?") else "."
                 raise TypeError(
-                    f"{_words(self)['name']} has no argument `{name}`; {instead}. "
+                    f"{_words(self)['name']} has no argument `{name}`; {instead}{end} "
                     f"Received: {name}={_shown(value)}"
                 )
         return function(self, *args, **options)
