@@ -49,7 +49,10 @@ class KerasVocabulary(State):
             return
         with keras_private.without_autocast():
             variables = self._variables_for(grads, trainable_variables)
-            self._engine.run(self._take_step, grads, variables, StepConfig.of(self))
+            config = self.__dict__.get("_step_config")
+            if config is None:  # kept until an option is set
+                config = self.__dict__["_step_config"] = StepConfig.of(self)
+            self._engine.run(self._take_step, grads, variables, config)
 
     def _take_step(self, grads, variables, config: StepConfig) -> None:
         """Take one step, as it may be compiled."""

@@ -77,8 +77,10 @@ class Parameter:
         return [slot for slot in slots if slot is not None]
 
     def array(self, name: str) -> Any:
-        """Return a slot's first state variable, or None."""
-        return next((array for _, array in self.state([name])), None)
+        """Return a slot's first state variable, or None; a model's variable itself is none."""
+        slot = getattr(self, name)
+        arrays = () if slot is None else slot.arrays[name == "value" :]
+        return arrays[0] if arrays else None
 
     def state(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         """Give the state variables of the slots named, each with its role in files."""

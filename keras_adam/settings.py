@@ -39,6 +39,7 @@ class Setting:
             self._check_can_change(optimizer, value)
         check_together({**values, name: value})
         values[name] = value
+        values.pop("_step_config", None)
 
     def _check_can_change(self, optimizer, value) -> None:
         name = self.name

@@ -38,7 +38,8 @@ class StepConfig:
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers that a compiled step may take as arguments; one that is None or 0 is a constant."""
-        return {name: getattr(self, name) for name in NUMBERS if _is_set(getattr(self, name))}
+        names = NUMBERS if self.use_ema else _LIMITS_AND_SCALE
+        return {name: getattr(self, name) for name in names if _is_set(getattr(self, name))}
 
     def with_numbers(self, numbers: dict[str, Any]) -> "StepConfig":
         """Return it with other numbers, which may be tensors."""
@@ -46,7 +47,8 @@ class StepConfig:
 
     def kind(self) -> "StepConfig":
         """Return what is constant: each number that is an argument is 1 there."""
-        return self.with_numbers(dict.fromkeys(self.numbers(), 1.0))
+        numbers = self.numbers()
+        return self.with_numbers(dict.fromkeys(numbers, 1.0)) if numbers else self
 
 
 def _is_set(number: Any) -> bool:
@@ -54,5 +56,6 @@ def _is_set(number: Any) -> bool:
 
 
 _LIMITS = ("clipnorm", "global_clipnorm", "clipvalue")
-NUMBERS = ("clipnorm", "clipvalue", "global_clipnorm", "ema_momentum", "loss_scale_factor")
+_LIMITS_AND_SCALE = (*_LIMITS, "loss_scale_factor")
+NUMBERS = (*_LIMITS_AND_SCALE, "ema_momentum")
 _FIELDS = tuple(field.name for field in dataclasses.fields(StepConfig))

@@ -1,7 +1,7 @@
 """JAX's engine: an eager step as one compiled call, and branches that carry state."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,8 +13,17 @@ from keras.optimizers.schedules import LearningRateSchedule
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_adam import hyperparameters, keras_private, rule
-from keras_adam.engines.base import Engine, Gradients, StepFunction, Tensor, Variable, updated
+from keras_adam.engines.base import (
+    Bucket,
+    Engine,
+    Gradients,
+    StepFunction,
+    Tensor,
+    Variable,
+    updated,
+)
 from keras_adam.groups import NUMERIC
+from keras_adam.parameters import Parameter
 from keras_adam.paths import path_of
 from keras_adam.sparse import Rows
 from keras_adam.step_config import StepConfig
@@ -175,27 +184,34 @@ class JaxEngine(Engine):
         scalars = self.scalars(learning_rate)
         assign = self.optimizer.assign if self.optimizer.shard_state else _assign
         for bucket in self.buckets(variables):
-            dtype = compute_dtype(bucket.dtype)
-            now = scalars(bucket.group, bucket.joined, dtype, bucket.decays)
-            slots = [p.updated for p in bucket.parameters]
-            storages = tuple(slot.storage for slot in slots[0])
-            dither = self.dither() if any(x.dithers for x in storages) else None
+            now = scalars(bucket.group, bucket.joined, compute_dtype(bucket.dtype), bucket.decays)
+            storages, arrays = bucket.memory
+            alike = {
+                "options": bucket.group.options,
+                "dtype": compute_dtype(bucket.dtype),
+                **storages,
+            }
+            dither = self.dither() if any(x.dithers for x in storages["storages"]) else None
             given = [grads[i] for i in bucket.positions]
-            for piece in _pieces(len(slots)):
-                arrays = [[slot.arrays for slot in of_one] for of_one in slots[piece]]
-                kept = [[[x.value for x in of_slot] for of_slot in of_one] for of_one in arrays]
-                results = _updated_alike(
-                    given[piece],
-                    kept,
-                    now,
-                    dither,
-                    storages=storages,
-                    options=bucket.group.options,
-                    dtype=dtype,
-                )
-                for of_one, values in zip(arrays, results, strict=True):
-                    for variable, value in zip(_flat(of_one), _flat(values), strict=True):
+            for piece in _pieces(len(arrays)):
+                kept = [[x.value for x in of_one] for of_one in arrays[piece]]
+                results = _updated_alike(given[piece], kept, now, dither, **alike)
+                for of_one, values in zip(arrays[piece], results, strict=True):
+                    for variable, value in zip(of_one, values, strict=True):
                         assign(variable, value)
+
+    def bucket(
+        self, kind: tuple[Any, ...], positions: list[int], parameters: list[Parameter]
+    ) -> Bucket:
+        bucket = super().bucket(kind, positions, parameters)
+        slots = parameters[0].updated
+        storages = {
+            "storages": tuple(slot.storage for slot in slots),
+            "counts": tuple(len(slot.arrays) for slot in slots),
+        }
+        arrays = [[x for slot in p.updated for x in slot.arrays] for p in parameters]
+        bucket.memory = storages, arrays
+        return bucket
 
     def step_scalars(self, options: rule.Options, **numbers: Any) -> rule.Scalars:
         if self.is_compiling():  # there Python's numbers are to be constants
@@ -335,13 +351,16 @@ def _pieces(count: int) -> Iterator[slice]:
 _compiled_scalars = jax.jit(rule.step_scalars, static_argnames=("options", "dtype"))
 
 
-@functools.partial(jax.jit, static_argnames=("storages", "options", "dtype"))
-def _updated_alike(grads, kept, scalars, dither, **alike):
-    return [updated(g, x, scalars, dither, **alike) for g, x in zip(grads, kept, strict=True)]
+@functools.partial(jax.jit, static_argnames=("storages", "counts", "options", "dtype"))
+def _updated_alike(grads, kept, scalars, dither, *, counts, **alike):
+    """Return what is to be kept of variables that are alike; `counts` tells how many arrays each storage has."""
 
+    def of_one(gradient, arrays):
+        rest = iter(arrays)
+        grouped = [[next(rest) for _ in range(count)] for count in counts]
+        return [x for some in updated(gradient, grouped, scalars, dither, **alike) for x in some]
 
-def _flat(lists: Iterable[Iterable[Any]]) -> list[Any]:
-    return [x for some in lists for x in some]
+    return [of_one(g, arrays) for g, arrays in zip(grads, kept, strict=True)]
 
 
 def _assign(variable: Variable, value: Tensor) -> None:

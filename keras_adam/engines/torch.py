@@ -254,10 +254,10 @@ class TorchEngine(Engine):
             return
         going_on: tuple[list, list] = [], []
         first: tuple[list, list] = [], []
-        has_lost = any(isinstance(p.value.storage, Compensated) for p in self.parameters)
         for variable, average, started in self.averages_of(variables):
             averages, values = going_on if started else first
             averages.append(average._value)
+            has_lost = isinstance(self.parameters[variable].value.storage, Compensated)
             values.append(self.read_parameter(variable) if has_lost else variable._value)
         if going_on[0]:
             torch._foreach_lerp_(*_alike(*going_on), rule.complement(self.config.ema_momentum))
