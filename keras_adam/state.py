@@ -131,6 +131,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             self._pending_groups.append(group)
         else:
             self._create_state(named, [group] * len(named))
+            self._show_keras()
             self.__dict__["_trainable_variables"] = [*self._trainable_variables, *named]
         self.built = False  # so that the next `fit` builds again, and tells the order of the model's variables
 
@@ -198,7 +199,6 @@ class State(optimizer_base()):  # type: ignore[misc]
         self._parameters.create(plans, now)
         self._store_numbers()
         self._count_skipped_steps()
-        self._show_keras()
 
     def _show_keras(self) -> None:
         """Set the attributes that Keras reads, derived from the records."""

@@ -103,7 +103,7 @@ class Step:
 
     def _update(self, grads: Gradients, variables: list[Variable]) -> None:
         rate = self.hooks.learning_rate
-        has_rows = [isinstance(g, Rows) for g in grads]
+        has_rows = [isinstance(g, Rows) for g in grads] if self.lazy else []
         if any(has_rows):
             pairs = [*zip(grads, variables, has_rows, strict=True)]
             of_rows = [(g, v) for g, v, has in pairs if has]
