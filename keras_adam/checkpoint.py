@@ -15,9 +15,11 @@ import numpy as np
 from keras import ops
 
 from keras_adam.paths import align
+from keras_adam.storage import MOMENTS, SCALE, InBlocks, Storage
 
 # What an optimizer without the option does not save, and what then begins at zero.
 MAY_LACK = ("compensation", "skipped_steps")
+SIGNED_MOMENT = "momentum"  # the one that may be negative
 
 # How Keras names its other optimizers, if the user does not. Some keep as many arrays as Adam, of the same shapes.
 _OTHER_KINDS = (
@@ -34,6 +36,8 @@ class Entry(NamedTuple):
     variable: Any
     start: int | None = None  # of a momentum: which "start" tells when its variable joined
     frozen: bool = False  # whether it belongs to a variable that is not trainable now
+    storage: Storage | None = None  # of codes
+    scale: Any = None  # of codes: the variable with their scales
 
     @property
     def label(self) -> str:
@@ -46,7 +50,32 @@ class Entry(NamedTuple):
         value = ops.cast(self.variable, "float32") if dtype == "bfloat16" else self.variable
         start = "" if self.start is None else str(self.start)
         array = np.asarray(to_numpy(value))
-        return Saved(self.role, self.path, array, start, self.frozen, dtype)
+        scale = None if self.scale is None else np.asarray(to_numpy(self.scale))
+        return Saved(self.role, self.path, array, start, self.frozen, dtype, scale)
+
+    def assign(self, s: "Saved") -> None:
+        """Give the state what was saved, rounded to its dtype."""
+        values = s.value
+        if s.scale is not None:
+            if self.scale is not None and s.scale.shape == tuple(self.scale.shape):
+                self.variable.assign(s.value)
+                self.scale.assign(s.scale)
+                return
+            values = self.blocks_of(s).numbers([s.value, s.scale])
+        if self.storage is not None:
+            codes, scale = self.storage.arrays_of(values)
+            self.variable.assign(codes)
+            self.scale.assign(scale)
+            return
+        dtype = keras.backend.standardize_dtype(self.variable.dtype)
+        is_float = keras.backend.is_float_dtype(dtype)
+        self.variable.assign(values if is_float else values.astype(dtype))
+
+    def blocks_of(self, s: "Saved") -> InBlocks:
+        """Return how the codes that are saved of this are kept in the file."""
+        return InBlocks(
+            signed=self.role == SIGNED_MOMENT, by_row=s.scale is not None and s.scale.ndim == 2
+        )
 
 
 class Saved(NamedTuple):
@@ -58,10 +87,19 @@ class Saved(NamedTuple):
     start: str = ""
     frozen: bool = False
     dtype: str = ""  # of the state variable: a file keeps one in bfloat16 as float32
+    scale: np.ndarray | None = None  # of codes
 
     @property
     def label(self) -> str:
         return _label(self.role, self.path) if self.role else "an array"
+
+    @property
+    def arrays(self) -> list["Saved"]:
+        """What the file holds of it: the codes, then their scales."""
+        if self.scale is None:
+            return [self]
+        scale = Saved(_scale_role(self.role), self.path, self.scale, dtype="float32")
+        return [self._replace(scale=None), scale]
 
     def checksum(self) -> int:
         """Return a number that another one, or one that was damaged, is most unlikely to have."""
@@ -72,7 +110,7 @@ class Saved(NamedTuple):
 
 def save(store, state: Iterable[Saved]) -> None:
     """Write the state into a Keras store."""
-    for i, s in enumerate(state):
+    for i, s in enumerate(x for whole in state for x in whole.arrays):
         store[str(i)] = s.value
         attributes = _attributes(store, str(i))
         if attributes is None or not s.role:
@@ -118,6 +156,7 @@ def read(store, owner: str) -> list[Saved]:
             "so that it was put there later. To change an array on purpose, write into it, as in `array[...] = value` "
             "of h5py, and remove its attribute 'crc32'. No state was loaded."
         )
+    saved = _with_scales(saved, owner)
     other = _other_optimizer(store)
     if other and unmarked:
         raise ValueError(
@@ -125,6 +164,27 @@ def read(store, owner: str) -> list[Saved]:
             "something else. No state was loaded."
         )
     return saved
+
+
+def _with_scales(saved: list[Saved], owner: str) -> list[Saved]:
+    """Return what was saved, codes and their scales, which come next, as one."""
+    whole: list[Saved] = []
+    rest = iter(saved)
+    for s in rest:
+        if s.role.endswith(SCALE):
+            raise ValueError(
+                f"Optimizer '{owner}': in the saved state {s.label} must come after its codes. No state was loaded."
+            )
+        if s.value.dtype == np.uint8 and s.value.shape:
+            scale = next(rest, None)
+            if scale is None or scale.role != _scale_role(s.role) or scale.path != s.path:
+                raise ValueError(
+                    f"Optimizer '{owner}': in the saved state {s.label} holds 8-bit codes, after which must come their "
+                    f"scales. Received: {'nothing' if scale is None else scale.label}. No state was loaded."
+                )
+            s = s._replace(scale=scale.value)
+        whole.append(s)
+    return whole
 
 
 def is_of_copy(store) -> bool:
@@ -162,7 +222,10 @@ def first_other(saved: list[Saved], wanted: list[tuple[str, tuple[int, ...], boo
 
 def is_unused(saved: list[Saved]) -> bool:
     """Whether no step was made: the count of iterations and all that is kept of a variable is zero."""
-    return not any(s.value.any() for s in saved if s.path or s.role == "iteration")
+    values = (
+        s.value if s.scale is None else s.scale for s in saved if s.path or s.role == "iteration"
+    )
+    return not any(x.any() for x in values)
 
 
 def match(
@@ -193,13 +256,37 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
                 f"array has shape {s.value.shape}. No state was loaded."
             )
         dtype = keras.backend.standardize_dtype(entry.variable.dtype)
-        if not keras.backend.is_float_dtype(dtype):
+        if s.scale is not None:
+            _check_scale(entry, s, owner)
+        elif dtype == "uint8" and entry.storage is None:  # codes alone, as `set_weights` takes them
+            if s.value.dtype != np.uint8:
+                raise ValueError(
+                    f"Optimizer '{owner}': {entry.label} holds 8-bit codes, but the array is of dtype {s.value.dtype}. "
+                    "No state was loaded."
+                )
+        elif not keras.backend.is_float_dtype(dtype) and entry.storage is None:
             whole_number(s, owner, entry.label, dtype)
         elif not s.value.dtype.name.startswith(("float", "bfloat")):
             raise ValueError(
                 f"Optimizer '{owner}': {entry.label} is of dtype {dtype}, but the saved array is of dtype "
                 f"{s.value.dtype}. No state was loaded."
             )
+
+
+def _check_scale(entry: Entry, s: Saved, owner: str) -> None:
+    """Raise a ValueError if codes are not those of a moment, or their scales do not fit them."""
+    scale = s.scale if s.scale is not None else np.zeros(())
+    needed = entry.blocks_of(s).specs(entry.role, s.value.shape)[1].shape
+    if entry.role not in MOMENTS or not s.value.shape or scale.shape != needed:
+        raise ValueError(
+            f"Optimizer '{owner}': the scales of {entry.label}, which is saved in 8 bits, must be of shape {needed} "
+            f"for codes of shape {s.value.shape}. Received: shape {scale.shape}. No state was loaded."
+        )
+    if scale.dtype.kind != "f":
+        raise ValueError(
+            f"Optimizer '{owner}': the scales of {entry.label} must be floats. Received: dtype {scale.dtype}. No state "
+            "was loaded."
+        )
 
 
 def whole_number(s: Saved, owner: str, label: str, dtype: str) -> int:
@@ -252,11 +339,9 @@ def _are_alike(saved: list[Saved], entries: list[Entry]) -> bool:
 
 
 def assign(pairs: list[tuple[Entry, Saved]]) -> None:
-    """Give the state what was saved, rounded to its dtype."""
+    """Give the state what was saved."""
     for entry, s in pairs:
-        dtype = keras.backend.standardize_dtype(entry.variable.dtype)
-        whole = not keras.backend.is_float_dtype(dtype)
-        entry.variable.assign(s.value.astype(dtype) if whole else s.value)
+        entry.assign(s)
 
 
 def _match_names(saved: list[Saved], entries: list[Entry], owner: str, by_name: bool):
@@ -340,6 +425,10 @@ def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
                 f"{_label(s.role, s.path)}. No state was loaded."
             )
     return [*zip(entries, saved, strict=True), *lacking]
+
+
+def _scale_role(role: str) -> str:
+    return role + SCALE if role else ""
 
 
 def _label(role: str, path: str) -> str:

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_adam import hyperparameters, rule, selection
 from keras_adam.paths import path_of
+from keras_adam.storage import STATE_DTYPES
 
 # Settable while training, in the order of `ParamGroup.stored`. A `learning_rate` of None follows the optimizer's.
 NUMERIC = (
@@ -26,6 +27,7 @@ _MAY_BE_NONE = ("learning_rate", "weight_decay")
 _STORED_AS_COMPLEMENT = ("beta_1", "beta_2")
 _NOT_SET = -1.0  # stored for a learning rate that follows the optimizer's
 _ASKED = -2.0  # stored for a schedule or a callable, which is asked in each step
+INHERITED = "inherited"  # a group's `state_dtype` that is the optimizer's
 PYTORCH_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
 # What PyTorch's groups hold besides, at its own defaults: how a step is computed, not what it computes.
 IMPLEMENTATION = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
@@ -55,6 +57,7 @@ class ParamGroup:
         self.variables: list[Any] = []
         self.selected: dict[str, Any] | None = None  # what it selected before it was saved
         self.stored: Any = None  # the state variable that holds the numbers, if there is one
+        self.state_dtype: str | None = INHERITED
         self.changes = 0  # how often a number was set
         self.is_constant = False  # whether the last compiled step holds the numbers as constants
         self._implementation: dict[str, Any] = {}  # PyTorch's choices of one, without effect here
@@ -242,6 +245,8 @@ class ParamGroup:
         for name, value in self.options._asdict().items():
             if value != getattr(self.default.options, name):
                 config[name] = value
+        if self.state_dtype != INHERITED:
+            config["state_dtype"] = self.state_dtype
         return config | self.unusual_implementation()
 
     def _selector_config(self):
@@ -271,7 +276,7 @@ def parse(label: str, spec: Mapping[str, Any], default: ParamGroup) -> ParamGrou
     if "betas" in given:
         given |= check_betas(given.pop("betas"), label)
     implementation = {name: given.pop(name) for name in IMPLEMENTATION if name in given}
-    known = ("params", *NUMERIC, *rule.Options._fields)
+    known = ("params", *NUMERIC, *rule.Options._fields, "state_dtype")
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -292,6 +297,9 @@ def parse(label: str, spec: Mapping[str, Any], default: ParamGroup) -> ParamGrou
         options = check_options(default.options, choices)
         group = ParamGroup(numeric, options, selection.check(given["params"]), default)
         group.set_implementation(implementation)
+        if "state_dtype" in given:
+            dtype = given["state_dtype"]
+            group.state_dtype = hyperparameters.check_choice("state_dtype", dtype, STATE_DTYPES)
     except (TypeError, ValueError) as error:
         raise type(error)(f"In `{label}`: {error}") from None
     group.selected = selected

@@ -11,6 +11,7 @@ from keras_adam import checkpoint
 from keras_adam.checkpoint import Entry, Saved
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
+from keras_adam.storage import MOMENTS
 
 _OF_LATE_VARIABLES = "start"
 _OF_GROUPS = "hyperparameters"
@@ -222,7 +223,9 @@ class Loading:
 
     def _entries(self) -> list[Entry]:
         """Describe each state variable, in the order of `optimizer.variables`."""
-        described = {id(entry.variable): entry for entry in self._described()}
+        described = {
+            id(e.variable): e._replace(storage=None, scale=None) for e in self._described()
+        }
         return [
             described.get(id(variable), Entry("other", "", variable))
             for variable in self._optimizer.variables
@@ -236,7 +239,14 @@ class Loading:
         """
         described = self._described()
         place = {id(e.variable): i for i, e in enumerate(described) if e.role not in self._added()}
-        return sorted(self._entries(), key=lambda e: place.get(id(e.variable), len(described)))
+        whole = {id(e.variable): e for e in described}
+        scales = {
+            id(e.scale) for e in described if e.scale is not None
+        }  # these go with their codes
+        entries = [
+            whole.get(id(e.variable), e) for e in self._entries() if id(e.variable) not in scales
+        ]
+        return sorted(entries, key=lambda e: place.get(id(e.variable), len(described)))
 
     def _added(self) -> set[str]:
         """Return the roles of the scalars that stand where they were added."""
@@ -255,7 +265,11 @@ class Loading:
         for p, role, array in parameters.in_build_order():
             start = starts[id(p)] if role == "momentum" else None
             frozen = not p.variable.trainable
-            described.append(Entry(role, path_of(p.variable), array, start, frozen))
+            entry = Entry(role, path_of(p.variable), array, start, frozen)
+            if role in MOMENTS and p.scales(role):
+                slot = getattr(p, role)
+                entry = entry._replace(storage=slot.storage, scale=slot.arrays[1])
+            described.append(entry)
         numbers = {g: f"{_OF_GROUPS}_{i}" for i, g in enumerate(optimizer._selecting_groups())}
         for group in optimizer._groups:
             role = _OF_GROUPS if group is default else numbers[group]

@@ -10,6 +10,7 @@ from keras_adam.group_view import check_held
 from keras_adam.keras_api import KerasVocabulary
 from keras_adam.selection import DecayExclusions
 from keras_adam.settings import Setting
+from keras_adam.storage import STATE_DTYPES
 from keras_adam.torch_api import TorchVocabulary
 
 
@@ -145,7 +146,7 @@ class Adam(TorchVocabulary, KerasVocabulary):
     ema_overwrite_frequency = Setting(settings.count(1))
     loss_scale_factor = Setting(settings.limit)
     gradient_accumulation_steps = Setting(settings.count(2), makes_state=True)
-    state_dtype = Setting(settings.one_of(None, "float32", "bfloat16"), makes_state=True)
+    state_dtype = Setting(settings.one_of(*STATE_DTYPES), makes_state=True)
     kahan_sum = Setting(settings.one_of(None, True, False), makes_state=True)
     skip_nonfinite = _SkipNonfinite(settings.one_of(True, False))
     lazy = Setting(settings.one_of(True, False))

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_adam.groups import ParamGroup
-from keras_adam.storage import Storage
+from keras_adam.storage import Spec, Storage
 
 # Which of a record's slots are made first: for all variables their averages, then their accumulators, then both moments
 # of one variable before those of the next, and so on. Keras's Adam makes its state in this order.
@@ -19,7 +20,6 @@ _BUILD_ORDER = (
     ("value",),
 )
 _ROLES = {"accumulator": "gradient_accumulator"}  # in files, where it is not the slot's name
-MOMENTS = ("momentum", "velocity", "velocity_hat")
 
 
 @dataclass(eq=False)
@@ -37,6 +37,17 @@ class Slot:
         """Keep the numbers; `put` assigns to an array, or to some of its rows."""
         for array, part in zip(self.arrays, self.storage.write(value, dither), strict=True):
             put(array, part)
+
+    def numbers(self, to_host: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """Return what a moment is; `to_host` gives an array's value."""
+        arrays = [to_host(array) for array in self.arrays]
+        return self.storage.numbers(arrays) if len(arrays) > 1 else arrays[0]
+
+    def set_numbers(self, values: np.ndarray) -> None:
+        """Let a moment be these numbers, rounded to nearest."""
+        parts = self.storage.arrays_of(values) if len(self.arrays) > 1 else [values]
+        for array, part in zip(self.arrays, parts, strict=True):
+            array.assign(part)
 
 
 @dataclass(eq=False)
@@ -82,12 +93,17 @@ class Parameter:
         arrays = () if slot is None else slot.arrays[name == "value" :]
         return arrays[0] if arrays else None
 
+    def scales(self, name: str) -> tuple[Any, ...]:
+        """Return the state variable with the scales of a moment that is kept in blocks, if it is."""
+        slot = getattr(self, name)
+        return () if slot is None else slot.arrays[1:]
+
     def state(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         """Give the state variables of the slots named, each with its role in files."""
         for name in names:
             slot = getattr(self, name)
             if slot is not None:
-                specs = slot.storage.specs(_ROLES.get(name, name))
+                specs = slot.storage.specs(_ROLES.get(name, name), tuple(self.variable.shape))
                 arrays = slot.arrays[len(slot.arrays) - len(specs) :]
                 yield from ((spec.role, array) for spec, array in zip(specs, arrays, strict=True))
 
@@ -98,12 +114,12 @@ class Parameters:
 
     Args:
         key_of: Function that tells variables apart.
-        add: Function `(variable, role, dtype) -> state variable` that makes state.
+        add: Function `(variable, spec) -> state variable` that makes state.
         add_start: Function `(number, update) -> state variable` that makes the scalar of those that join late.
     """
 
     key_of: Callable[[Any], Any]
-    add: Callable[[Any, str, str], Any]
+    add: Callable[[Any, Spec], Any]
     add_start: Callable[[int, int], Any]
     records: list[Parameter] = field(default_factory=list)
     joinings: list[Joining] = field(default_factory=list)
@@ -147,8 +163,8 @@ class Parameters:
             for p, (variable, _, plan) in zip(new, plans, strict=True):
                 for name in names:
                     if name in plan:
-                        specs = plan[name].specs(_ROLES.get(name, name))
-                        made = [self.add(variable, spec.role, spec.dtype) for spec in specs]
+                        role, shape = _ROLES.get(name, name), tuple(variable.shape)
+                        made = [self.add(variable, x) for x in plan[name].specs(role, shape)]
                         itself = (variable,) if name == "value" else ()
                         setattr(p, name, Slot(plan[name], (*itself, *made)))
         self.records = [*self.records, *new]

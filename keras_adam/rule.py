@@ -181,6 +181,73 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
     return with_derivative_of(result, x)
 
 
+# State in 8 bits: each element is a small float, relative to the largest magnitude of its block.
+
+BLOCK = 256  # elements that share a scale
+# `m`: a sign, 4 bits of exponent, 3 of significand. Let F(c) be the float32 whose bits are those of 2^-15 plus c steps
+# of 2^20. The code c, from 0 to 127, stands for F(c) - F(0): zero is a code, and the smallest are evenly spaced.
+SIGNED_DROP, SIGNED_FIRST = 20, 112 << 23
+SIGNED_ZERO, SIGNED_LAST = 2.0**-15, 1.875 - 2.0**-15
+# `v`: 4 bits of exponent, 4 of significand. The code c, from 0 to 255, stands for the float32 that is 255 - c steps of
+# 2^19 below 1.0. No code is zero: a `v` of 0 beside an `m` that is not would divide by epsilon.
+POSITIVE_DROP, POSITIVE_FIRST = 19, (127 << 23) - (255 << 19)
+POSITIVE_LEAST = (1 + 1 / 16) * 2.0**-16
+# What a scale may be: outside, it or its inverse is not a normal float32. A block of less counts as zero.
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
+
+
+def largest(blocks: Tensor) -> Tensor:
+    """Return the scale of each block, given as the last axis: its largest finite magnitude."""
+    size = ops.absolute(blocks)
+    size = ops.max(where(ops.isfinite(size), size, ops.zeros_like(size)), axis=-1)
+    return ops.clip(where(size < SMALLEST_SCALE, ops.zeros_like(size), size), 0.0, LARGEST_SCALE)
+
+
+def inverse(scale: Tensor, last: float = 1.0) -> Tensor:
+    """Return `last / scale`; 0 for a block of zeros."""
+    is_zero = ops.equal(scale, 0)
+    return where(is_zero, ops.zeros_like(scale), last / where(is_zero, ops.ones_like(scale), scale))
+
+
+def signed_codes(x: Tensor, scale: Tensor, dither: Tensor) -> Tensor:
+    """Return the codes of first moments as whole numbers from 0 to 255; a number that is not finite counts as 0.
+
+    Args:
+        x: Blocks, float32.
+        scale: Their scales, with a last axis of 1.
+        dither: Number in [0, 1); 0.5 rounds to nearest.
+    """
+    x = where(ops.isfinite(x), x, ops.zeros_like(x))
+    relative = ops.absolute(x) * inverse(scale, SIGNED_LAST) + SIGNED_ZERO
+    codes = _steps(relative, SIGNED_FIRST, SIGNED_DROP, dither)
+    return codes + 128 * ops.cast(x < 0, "int32")
+
+
+def signed_values(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the first moments that whole numbers from 0 to 255 stand for."""
+    bits = SIGNED_FIRST + ops.bitwise_left_shift(ops.bitwise_and(codes, 127), SIGNED_DROP)
+    size = (view(bits, "float32") - SIGNED_ZERO) * (scale / SIGNED_LAST)
+    return where(codes > 127, -size, size)
+
+
+def positive_codes(x: Tensor, scale: Tensor, dither: Tensor) -> Tensor:
+    """Return the codes of second moments, as `signed_codes` does; what is not finite counts as the block's largest."""
+    relative = where(ops.isfinite(x), x * inverse(scale), ops.ones_like(x))
+    relative = ops.clip(relative, POSITIVE_LEAST, 1.0)
+    return _steps(relative, POSITIVE_FIRST, POSITIVE_DROP, dither)
+
+
+def positive_values(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the second moments that whole numbers from 0 to 255 stand for."""
+    return view(POSITIVE_FIRST + ops.bitwise_left_shift(codes, POSITIVE_DROP), "float32") * scale
+
+
+def _steps(x: Tensor, first: int, drop: int, dither: Tensor) -> Tensor:
+    """Return how many steps of 2^`drop` the bits of a positive `x` are from `first`, rounded up with the dither."""
+    up = ops.cast(dither * 2**drop, "int32") - first
+    return ops.bitwise_right_shift(view(x, "int32") + up, drop)
+
+
 def clipped(g: Tensor, limit: Tensor) -> Tensor:
     """Return a gradient, each element of at most `limit` in size."""
     return ops.clip(g, -limit, limit)

@@ -1,5 +1,6 @@
 """The state: which variables the optimizer knows, and what it keeps of each."""
 
+import functools
 from typing import Any
 
 import keras
@@ -12,7 +13,7 @@ from keras_adam.groups import ParamGroup
 from keras_adam.loading import Loading
 from keras_adam.parameters import Parameters
 from keras_adam.paths import path_of
-from keras_adam.storage import Storage
+from keras_adam.storage import Spec, Storage
 from keras_adam.tensors import compute_dtype
 from keras_adam.trace import Trace
 
@@ -24,6 +25,11 @@ _VIEWS = {
     "_velocities": "velocity",
     "_velocity_hats": "velocity_hat",
     "_compensations": "value",
+}
+_SCALES = {
+    "_momentum_scales": "momentum",
+    "_velocity_scales": "velocity",
+    "_velocity_hat_scales": "velocity_hat",
 }
 _ALWAYS = ("_momentums", "_velocities")
 _ENGINE = engine_class()
@@ -52,7 +58,7 @@ class State(optimizer_base()):  # type: ignore[misc]
     skip_nonfinite: bool
     shard_state: bool
     _skipped_steps: Any
-    _slot_dtype: str | None  # of the state variable that is being made, if not its variable's
+    _spec: Spec | None  # of the array that is being made, if it is kept for a variable
 
     def _init_groups(self, numeric, options, param_groups) -> None:
         """Set up what Keras's constructor does not know, before it runs."""
@@ -66,7 +72,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             _loading=Loading(self),
             _trace=Trace(),
             _verified_lists=set(),  # of variables, by identity, that hold no unknown one and none twice
-            _slot_dtype=None,
+            _spec=None,
         )
         self.__dict__["_engine"] = _ENGINE(self, self._parameters, self._trace)
         if param_groups is not None and not isinstance(param_groups, list | tuple):
@@ -207,6 +213,10 @@ class State(optimizer_base()):  # type: ignore[misc]
             if attribute in _ALWAYS or any(x is not None for x in arrays):
                 # Set as a whole: TensorFlow's checkpoints track the list that was assigned, not what is appended later.
                 setattr(self, attribute, arrays)
+        for attribute, name in _SCALES.items():
+            scales = [x for p in self._parameters for x in p.scales(name)]
+            if scales:
+                setattr(self, attribute, scales)
         self._trainable_variables_indices.update(
             {self._var_key(v): i for i, v in enumerate(self._parameters.variables)}
         )
@@ -234,17 +244,24 @@ class State(optimizer_base()):  # type: ignore[misc]
             return plan | {"value": storage.for_variable(own, kahan_sum=False)}
         if self.use_ema:
             plan["average"] = storage.AsItIs(wide)
-        plan["momentum"] = plan["velocity"] = storage.for_moment(self.state_dtype or wide)
-        if group.options.amsgrad:
-            plan["velocity_hat"] = plan["velocity"]
+        of_moment = functools.partial(
+            storage.for_moment, self._state_dtype_of(group), variable, by_row=self.lazy
+        )
+        plan["momentum"], plan["velocity"] = of_moment(signed=True), of_moment(signed=False)
+        if group.options.amsgrad:  # a maximum of dithered numbers would climb
+            plan["velocity_hat"] = of_moment(signed=False, dithers=False)
         return plan
 
-    def _add_slot(self, variable, role: str, dtype: str):
-        self._slot_dtype = dtype
+    def _state_dtype_of(self, group: ParamGroup) -> str | None:
+        own = group.state_dtype
+        return self.state_dtype if own == groups.INHERITED else own
+
+    def _add_slot(self, variable, spec: Spec):
+        self._spec = spec
         try:
-            return self.add_variable_from_reference(variable, role)
+            return self.add_variable_from_reference(variable, spec.role)
         finally:
-            self._slot_dtype = None
+            self._spec = None
 
     def state_size(self, variables=None) -> dict[str, int]:
         """Return how many bytes of state each variable has, or would have; `sum(sizes.values())` is that of all.
@@ -322,9 +339,11 @@ class State(optimizer_base()):  # type: ignore[misc]
 
     def add_variable(self, shape, initializer="zeros", dtype=None, **kwargs):
         """Add a state variable; one of half precision becomes float32, as a moment in bfloat16 stalls."""
-        if self._slot_dtype is not None:
-            dtype = self._slot_dtype
-            kwargs["layout"] = self._engine.slot_layout(kwargs.get("layout"), shape)
+        spec = self._spec
+        if spec is not None:
+            dtype = spec.dtype
+            kwargs["layout"] = self._engine.slot_layout(kwargs.get("layout"), shape, spec)
+            shape = shape if spec.shape is None else spec.shape
         elif dtype is None or keras.backend.is_float_dtype(dtype):
             dtype = compute_dtype(dtype or keras.config.floatx())
         return super().add_variable(shape, initializer, dtype, **kwargs)

@@ -54,10 +54,10 @@ class ReadState:
         for read in sorted(self.groups, key=lambda read: not read.group.is_default):
             read.group.set_implementation(read.implementation)
         for parameter, arrays in self.moments:
-            for name, slot in _MOMENTS.items():
-                array = parameter.array(slot)
-                if array is not None:
-                    array.assign(arrays[name])
+            for name, kind in _MOMENTS.items():
+                slot = getattr(parameter, kind)
+                if slot is not None:
+                    slot.set_numbers(arrays[name])
 
 
 @dataclass(frozen=True)
@@ -311,10 +311,10 @@ def _moments_of(
     if step <= 0:
         return None
     moments = {"step": np.array(step, "float32")}
-    for name, slot in _MOMENTS.items():
-        array = parameter.array(slot)
-        if array is not None:
-            moments[name] = layouts.to_torch(parameter.variable, to_host(array))
+    for name, kind in _MOMENTS.items():
+        slot = getattr(parameter, kind)
+        if slot is not None:
+            moments[name] = layouts.to_torch(parameter.variable, slot.numbers(to_host))
     return moments
 
 

@@ -20,7 +20,7 @@ from keras_adam.parameters import Joining, Parameter, Parameters
 from keras_adam.paths import path_of
 from keras_adam.sparse import Rows, map_values
 from keras_adam.step_config import StepConfig
-from keras_adam.storage import Storage
+from keras_adam.storage import Spec, Storage
 from keras_adam.tensors import compute_dtype, value_of, widened
 from keras_adam.trace import Trace
 
@@ -348,6 +348,7 @@ class Engine:
                     parameter.joined,
                     keras.backend.standardize_dtype(variable.dtype),
                     self.optimizer._use_weight_decay(variable),
+                    tuple(slot.storage for slot in parameter.updated),
                     self.device_of(variable),
                 )
                 members.setdefault(kind, []).append(position)
@@ -363,7 +364,7 @@ class Engine:
         self, kind: tuple[Any, ...], positions: list[int], parameters: list[Parameter]
     ) -> Bucket:
         """Make a bucket of variables of one kind."""
-        group, joined, dtype, decays, _ = kind
+        group, joined, dtype, decays, *_ = kind
         return Bucket(group, joined, dtype, decays, positions, parameters)
 
     def device_of(self, variable: Variable) -> Any:
@@ -404,8 +405,8 @@ class Engine:
         """Assign a value to a variable, as the optimizer's `assign` does."""
         variable.assign(value)
 
-    def slot_layout(self, layout: Any, shape: tuple[int, ...]) -> Any:
-        """Return how a state variable of a variable of `layout` and `shape` is spread over devices."""
+    def slot_layout(self, layout: Any, shape: tuple[int, ...], spec: Spec) -> Any:
+        """Return how an array that is kept of a variable of `layout` and `shape` is spread over devices."""
         return layout
 
     def whole(self, variable: Variable) -> np.ndarray:

@@ -1,6 +1,7 @@
 """JAX's engine: an eager step as one compiled call, and branches that carry state."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from keras_adam.parameters import Parameter
 from keras_adam.paths import path_of
 from keras_adam.sparse import Rows
 from keras_adam.step_config import StepConfig
+from keras_adam.storage import Spec
 from keras_adam.tensors import compute_dtype, value_of
 
 _MOST_COMPILED = 16  # kinds of eager step that are kept compiled; see `_pays_to_compile`
@@ -242,23 +244,17 @@ class JaxEngine(Engine):
     # State that is spread over the data-parallel devices: gradients are handed on in its layout, so that XLA sums them
     # and splits them in one; each device updates its part, and the weights are put together again.
 
-    def slot_layout(self, layout: Any, shape: tuple[int, ...]) -> Any:
+    def slot_layout(self, layout: Any, shape: tuple[int, ...], spec: Spec) -> Any:
         distribution = keras.distribution.distribution()
         axis = getattr(distribution, "batch_dim_name", None)
         sharding = getattr(layout, "backend_layout", layout)  # Keras's layouts and JAX's serve
-        if not (self.optimizer.shard_state and axis and isinstance(sharding, NamedSharding)):
+        if not isinstance(sharding, NamedSharding):
             return layout
         axes = [*sharding.spec] + [None] * (len(shape) - len(sharding.spec))
-        taken = {
-            name for given in axes for name in (given if isinstance(given, tuple) else [given])
-        }
-        devices = sharding.mesh.shape.get(axis)
-        if devices is None or axis in taken:
-            return layout
-        for i, size in enumerate(shape):
-            if axes[i] is None and size and size % devices == 0:
-                axes[i] = axis
-                break
+        if self.optimizer.shard_state and axis:
+            axes = _spread(axes, axis, sharding.mesh.shape, shape, spec.unit)
+        if spec.shape is not None:
+            axes = _axes_of_scales(axes, sharding.mesh.shape, shape, spec)
         if sharding is layout:
             return NamedSharding(sharding.mesh, PartitionSpec(*axes))
         return keras.distribution.TensorLayout(axes, layout.device_mesh)
@@ -372,6 +368,40 @@ def _laid_out_like(variable: Variable, value: Tensor) -> Tensor:
     """Return the value spread over devices as the variable is."""
     layout = getattr(variable, "_layout", None)
     return value if layout is None else keras.distribution.distribute_tensor(value, layout)
+
+
+def _spread(axes: list[Any], axis: str, mesh: Any, shape: tuple[int, ...], unit: int) -> list[Any]:
+    """Return the axes of a layout with one more that is split over a mesh's `axis`, if one can be."""
+    taken = {name for given in axes for name in (given if isinstance(given, tuple) else [given])}
+    devices = mesh.get(axis)
+    if devices is None or axis in taken:
+        return axes
+    for i, size in enumerate(shape):
+        if (
+            axes[i] is None
+            and size
+            and size % devices == 0
+            and _is_in_units(i, shape, devices, unit)
+        ):
+            return [*axes[:i], axis, *axes[i + 1 :]]
+    return axes
+
+
+def _axes_of_scales(axes: list[Any], mesh: Any, shape: tuple[int, ...], spec: Spec) -> list[Any]:
+    """Return the axes of the layout of scales whose codes have these: each device has the scales of its codes."""
+    whole = [None] * len(spec.shape or ())
+    for i, given in enumerate(axes):
+        names = given if isinstance(given, tuple) else (given,)
+        devices = math.prod(mesh[name] for name in names if name is not None)
+        if devices > 1 and _is_in_units(i, shape, devices, spec.unit):
+            return [given, *whole[1:]]
+    return whole
+
+
+def _is_in_units(i: int, shape: tuple[int, ...], devices: int, unit: int) -> bool:
+    """Whether the parts that so many devices have of axis `i` are each so many elements in a row, or a multiple."""
+    is_in_one_piece = math.prod(shape[:i]) == 1
+    return unit == 1 or (is_in_one_piece and math.prod(shape) // devices % unit == 0)
 
 
 class _RecordingScope(keras.StatelessScope):

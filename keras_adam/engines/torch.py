@@ -161,8 +161,7 @@ class TorchEngine(Engine):
                 grads = [g.float() for g in grads]
             tensors.update_in_pieces(update, grads, self.dither())
         else:
-            moments = tensors.m, tensors.v, tensors.s
-            update(tensors.parameters, grads, *moments, tensors.steps)
+            tensors.update_whole(update, grads)
 
     def _numbers_of(self, group: ParamGroup, learning_rate: Any) -> dict[str, float]:
         """Return the group's numbers on the host; they are read from the device only after they were changed."""
