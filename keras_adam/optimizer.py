@@ -88,11 +88,11 @@ class Adam(TorchVocabulary, KerasVocabulary):
             rate), `beta_1`, `beta_2`, `epsilon`, `weight_decay`, `amsgrad`, `decoupled_weight_decay`, `epsilon_hat`,
             `maximize` and `state_dtype`; PyTorch's `lr`, `betas` and `eps` serve too. Defaults to `None`: no groups.
 
-        state_dtype: How the moments are kept, `"float32"`, `"bfloat16"` or `"8bit"`; a parameter group may have its own. In
-            bfloat16 they are rounded so that they do not stall: up as often as they are near the upper neighbour. In
-            8 bits so too, relative to the largest of a block of 256, which takes 2.03 bytes per element for both;
-            variables of float64 and those under 4,096 elements are not (with `lazy`, nor those with rows under 64).
-            Defaults to `None`: float32 for variables of half precision, else the variable's own dtype.
+        state_dtype: How the moments are kept, `"float32"`, `"bfloat16"` or `"8bit"`; a parameter group may have its
+            own. In bfloat16 they are rounded so that they do not stall: up as often as they are near the upper
+            neighbour. In 8 bits so too, relative to the largest of a block of 256, which takes 2.03 bytes per element
+            for both; variables of float64 and those under 4,096 elements are not (with `lazy`, nor those with rows
+            under 64). Defaults to `None`: float32 for variables of half precision, else the variable's own dtype.
         kahan_sum: Whether variables of half precision (bfloat16, float16) keep what rounding takes from them, in a
             state variable of their dtype, so that steps smaller than their spacing add up. Other variables need no
             such thing and have none. Defaults to `None`, which is as `True`; `False`: round to nearest.
