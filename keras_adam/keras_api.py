@@ -47,12 +47,18 @@ class KerasVocabulary(State):
         grads = list(grads)
         if not grads:
             return
-        with keras_private.without_autocast():
-            variables = self._variables_for(grads, trainable_variables)
-            config = self.__dict__.get("_step_config")
-            if config is None:  # kept until an option is set
-                config = self.__dict__["_step_config"] = StepConfig.of(self)
-            self._engine.run(self._take_step, grads, variables, config)
+        if keras_private.autocast_scope() is not None:
+            with keras_private.without_autocast():
+                self._apply(grads, trainable_variables)
+        else:
+            self._apply(grads, trainable_variables)
+
+    def _apply(self, grads, trainable_variables) -> None:
+        variables = self._variables_for(grads, trainable_variables)
+        config = self.__dict__.get("_step_config")
+        if config is None:  # kept until an option is set
+            config = self.__dict__["_step_config"] = StepConfig.of(self)
+        self._engine.run(self._take_step, grads, variables, config)
 
     def _take_step(self, grads, variables, config: StepConfig) -> None:
         """Take one step, as it may be compiled."""

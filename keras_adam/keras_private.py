@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import keras
 from keras.src.backend.common import global_state, variables
@@ -75,6 +75,11 @@ ATTRIBUTES = {
     "_trainable_variables_indices": keras.optimizers.Optimizer,
     "_h5_entry_group": saving_lib.H5IOStore,
 }
+
+
+def autocast_scope() -> Any:
+    """Return the scope in which a layer of mixed precision casts variables, or None."""
+    return global_state.get_global_attribute("autocast_scope")
 
 
 @contextlib.contextmanager

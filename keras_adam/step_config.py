@@ -1,6 +1,7 @@
 """What a step does besides the update of each variable."""
 
 import dataclasses
+import functools
 from typing import Any
 
 
@@ -24,7 +25,7 @@ class StepConfig:
         """Return the present options of an optimizer."""
         return cls(**{name: getattr(optimizer, name) for name in _FIELDS})
 
-    @property
+    @functools.cached_property
     def clipping(self) -> tuple[str, Any] | None:
         """Which of the limits is set, and to what; None or 0 is no limit."""
         limits = ((name, getattr(self, name)) for name in _LIMITS)
