@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,8 @@ _MOST_COMPILED = 16  # kinds of eager step that are kept compiled; see `_pays_to
 _MOST_COUNTED = 256  # kinds of which it is counted how often they came
 _OFTEN = 200  # steps of one kind, from which on compiling it pays
 _MOST_AT_ONCE = 256  # variables of which a step is compiled when it comes first
+_SOMETHING = object()
+_HELD_TWICE = next(map(sys.getrefcount, [_SOMETHING]))
 _NO_ARRAYS = (keras.Variable, list, tuple, int, float)
 _PIECE = 16  # variables that are alike and updated by one compiled call, where the step is not compiled as a whole
 
@@ -57,8 +60,12 @@ class JaxEngine(Engine):
         if not (is_eager and self._may_compile()):
             step(grads, variables, config)
             return
+        kept, ours = self._changing(variables)
+        given = [v.value for v in ours]
+        # State that nobody holds but its variable, and this list, is updated in its own memory.
+        may_donate = all(count == _HELD_TWICE for count in map(sys.getrefcount, given))
         pattern = tuple(g is None for g in grads)
-        key = tuple(map(id, variables)), pattern, config.kind(), self._constants()
+        key = tuple(map(id, variables)), pattern, config.kind(), self._constants(), may_donate
         if key not in self.compiled:
             if not self._pays_to_compile(key, variables, config):
                 step(grads, variables, config)
@@ -67,15 +74,14 @@ class JaxEngine(Engine):
                 del self.compiled[next(iter(self.compiled))]  # the oldest
             # References, so that an `id` in the key is not used again.
             constraints = [v.constraint for v in self.parameters.variables]
-            kept = variables, self.optimizer._learning_rate, self._dynamic(), constraints
-            stateless = jax.jit(functools.partial(self._stateless_step, step, variables, config))
-            self.compiled[key] = stateless, kept
-        changing = self._changing(variables)
+            held = variables, self.optimizer._learning_rate, self._dynamic(), constraints
+            stateless = functools.partial(self._stateless_step, step, variables, config)
+            donated = 0 if may_donate else ()
+            self.compiled[key] = jax.jit(stateless, donate_argnums=donated), held
         assign = self.optimizer.assign if in_stateless_scope() else _assign
-        # Nothing is donated: the caller may hold the arrays.
         with self.trace.apart():
-            values = self.compiled[key][0]([v.value for v in changing], grads, config.numbers())
-        for variable, value in zip(changing, values, strict=True):
+            values = self.compiled[key][0](given, [v.value for v in kept], grads, config.numbers())
+        for variable, value in zip([*ours, *kept], values, strict=True):
             assign(variable, value)
 
     def _pays_to_compile(self, key: tuple, variables: list[Variable], config: StepConfig) -> bool:
@@ -103,21 +109,25 @@ class JaxEngine(Engine):
         step: StepFunction,
         variables: list[Variable],
         config: StepConfig,
-        values,
+        ours,
+        kept,
         grads,
         numbers,
     ) -> list[Tensor]:
-        changing = self._changing(variables)
+        theirs, state = self._changing(variables)
+        changing, values = [*state, *theirs], [*ours, *kept]
         with keras.StatelessScope(zip(changing, values, strict=True)) as scope:
             step(grads, variables, config.with_numbers(numbers))
         return [scope.get_current_value(v) for v in changing]
 
-    def _changing(self, variables: list[Variable]) -> list[Variable]:
-        """Return all variables that a step of these may assign to."""
+    def _changing(self, variables: list[Variable]) -> tuple[list[Variable], list[Variable]]:
+        """Return all that a step of these may assign to: variables and scalars; then arrays that are ours alone."""
         trained = self.optimizer._trainable_variables
         known = {id(v) for v in trained}
         others = [v for v in variables if id(v) not in known]
-        return [*trained, *others, *self.optimizer.variables]
+        state = self.optimizer.variables
+        scalars = [v for v in state if not v.shape]
+        return [*trained, *others, *scalars], [v for v in state if v.shape]
 
     def _is_traced(self, grads: Gradients) -> bool:
         return self.is_compiling() or any(
@@ -160,7 +170,7 @@ class JaxEngine(Engine):
             if condition:
                 act()
             return
-        variables = self._changing(self.in_step)
+        variables = [v for some in self._changing(self.in_step) for v in some]
 
         def body(carry):
             _, values = carry
