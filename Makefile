@@ -94,6 +94,7 @@ bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other op
 	  KERAS_BACKEND=$$backend $(PY) benchmarks/run.py --out benchmarks/results-$$backend.json $(BENCH_ARGS); \
 	done
 	$(PY) benchmarks/report.py
+	$(PY) benchmarks/starting.py $(filter --quick,$(BENCH_ARGS))
 	$(PY) benchmarks/sharding.py
 
 # About half an hour: models trained with five seeds, and the memory and time of a step.
