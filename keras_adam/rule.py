@@ -127,7 +127,7 @@ def bounded(g: Tensor) -> Tensor:
     stays one: the step shows it.
     """
     largest = _ROOTS[keras.backend.standardize_dtype(g.dtype)]
-    return where(ops.isinf(g), g, ops.clip(g, -largest, largest))
+    return where(ops.isfinite(g), ops.clip(g, -largest, largest), g)
 
 
 def adam_step(

@@ -265,7 +265,7 @@ class Engine:
         ):  # through which Keras's Adam changes a variable
             put = functools.partial(self._assign_difference, variable)
         slots = parameter.updated
-        kept = updated(
+        kept = self.updated(
             gradient,
             [[take(array) for array in slot.arrays] for slot in slots],
             scalars(group, parameter.joined, dtype, self.optimizer._use_weight_decay(variable)),
@@ -277,6 +277,10 @@ class Engine:
         for slot, values in zip(slots, kept, strict=True):
             for array, value in zip(slot.arrays, values, strict=True):
                 put(array, value)
+
+    def updated(self, *args: Any, **options: Any) -> list[list[Tensor]]:
+        """Return what the function `updated` does."""
+        return updated(*args, **options)
 
     def scalars(self, learning_rate: Any, for_kernel: bool = False) -> Scalars:
         """Return the function that gives the scalars of this step, each computed once.
