@@ -55,8 +55,8 @@ class GroupView(Mapping):
             return
         if name not in NUMERIC:
             raise ValueError(
-                f"`{name}` cannot be set after the constructor: of what a parameter group has, only numbers can, "
-                f"which are {', '.join(NUMERIC)}. Make a new optimizer for it. Received: {name}={value!r}"
+                f"`{name}` cannot be set after the constructor; only the numbers {', '.join(NUMERIC)} can. "
+                f"Make a new optimizer. Received: {name}={value!r}"
             )
         if group.is_default:
             if name == "learning_rate":
@@ -69,8 +69,8 @@ class GroupView(Mapping):
                 )
         if name == "learning_rate_multiplier" and group.own("learning_rate") is not None:
             raise ValueError(
-                "`learning_rate_multiplier` has no effect beside a learning rate of the group's own: set that "
-                f"one, or set it to None first. Received: learning_rate_multiplier={value!r}"
+                "`learning_rate_multiplier` has no effect beside a group's own learning rate: set "
+                f"`learning_rate` to None first. Received: learning_rate_multiplier={value!r}"
             )
         value = check_numeric(name, value)
         self.check_settable(name, value)
@@ -139,8 +139,8 @@ class GroupView(Mapping):
         group, dynamic = self._group, hyperparameters.is_dynamic
         if dynamic(value) or dynamic(group.given(name)):
             raise TypeError(
-                f"`{name}` of a parameter group is part of a compiled step where it is, or becomes, a schedule or a "
-                "callable: it can be set to or from one before the first compiled step only. "
+                f"`{name}` can be set to or from a schedule or a callable only before the first compiled step, which "
+                "holds it as a constant. Set it on a copy, which keeps the state, `new = copy.deepcopy(optimizer)`. "
                 f"Received: {name}={value!r}"
             )
         if group.stored is None or group.is_constant:
@@ -173,9 +173,8 @@ class _ReadOnlyList(list):
             [*map(_shown_change, args), *(f"{k}={_shown_change(v)}" for k, v in kwargs.items())]
         )
         raise TypeError(
-            f"`{self.what}` cannot be changed, as it only shows what the optimizer has. To add variables, call "
-            "`optimizer.add_param_group({'params': ...})`; groups and variables cannot be taken out or put in another "
-            "order; the numbers of a group can be set, as in `optimizer.param_groups[0]['learning_rate'] = 0.1`. "
+            f"`{self.what}` is read-only. To add variables, call `optimizer.add_param_group({{'params': ...}})`. Set "
+            "numbers as in `optimizer.param_groups[0]['learning_rate'] = 0.1`. "
             f"Received: a change with ({received})"
         )
 

@@ -229,8 +229,8 @@ class ParamGroup:
             for variable in known:
                 if path_of(variable) in paths and not any(variable is v for v in self.variables):
                     raise ValueError(
-                        "A parameter group is saved by the paths of its variables, which must be their own. Received: "
-                        f"'{path_of(variable)}' for a variable of the group and for another one"
+                        "A parameter group is saved by the paths of its variables, which no other variable may have. "
+                        f"Received: '{path_of(variable)}' in the group and outside it"
                     )
             config["selected"] = {"paths": paths, "among": [path_of(v) for v in known]}
         elif self.selected:

@@ -99,10 +99,9 @@ def resolve(
         return result
     if compiling:
         raise ValueError(
-            f"`{name}` is a callable that returns a Python number: a compiled train step would call it once and keep "
-            "that value for ever. Use a `keras.optimizers.schedules.LearningRateSchedule`, set the hyperparameter "
-            "between steps, return a tensor computed from the optimizer's variables, or compile the model with "
-            f"`run_eagerly=True`. Received: {name}={value} returning {result!r}"
+            f"`{name}` is a callable that returns a Python number, which a compiled train step would keep for ever. "
+            "Return a tensor or a variable, or use a `keras.optimizers.schedules.LearningRateSchedule`. "
+            f"Received: {name}={value} returning {result!r}"
         )
     return check_number(name, result)
 

@@ -12,8 +12,6 @@ from keras_adam.state import State, check_given_once
 from keras_adam.step import Step
 from keras_adam.step_config import StepConfig
 
-_EMPTIED = "If this comes from `fit`, Keras has emptied the model meanwhile: load its weights again"
-
 
 class KerasVocabulary(State):
     """Methods with the names of `keras.optimizers.Optimizer`'s; each hands on to a `Step` or an `Engine`."""
@@ -80,28 +78,7 @@ class KerasVocabulary(State):
             grads: List of gradients, one for each trainable variable, in the order of the last `build`.
             trainable_variables: List of tensors, one for each trainable variable, in the same order.
         """
-        if self._parameters and len(trainable_variables) != len(self._trainable_variables):
-            raise ValueError(
-                f"The optimizer was built for {len(self._trainable_variables)} variables. Received: "
-                f"{len(trainable_variables)} trainable variables. {self._own_optimizer()} If layers were unfrozen "
-                "since, call `optimizer.add_param_group({'params': layer_or_variables})`; if layers were frozen, "
-                f"`optimizer.build(model.trainable_variables)`; the state stays. {_EMPTIED}"
-            )
-        for variable, value in zip(self._trainable_variables, trainable_variables, strict=False):
-            if not variable.trainable:
-                raise ValueError(
-                    f"'{path_of(variable)}' is not trainable any more, so that it cannot be told which variables the "
-                    f"values are of. {self._own_optimizer()} If layers of this one were frozen, call "
-                    "`optimizer.build(model.trainable_variables)`, and before it "
-                    "`optimizer.add_param_group({'params': layer_or_variables})` for those unfrozen; the state stays"
-                )
-            shape = np.shape(value)
-            if shape != tuple(variable.shape):
-                raise ValueError(
-                    "`trainable_variables` must be the values of the variables that the optimizer was built for, in "
-                    f"that order. {self._own_optimizer()} Received: a value of shape {shape} for "
-                    f"'{path_of(variable)}', which has {tuple(variable.shape)}. {_EMPTIED}"
-                )
+        self._check_values(list(map(np.shape, trainable_variables)))
         # Only for this call: a group added since must still be met by the next `fit`, which builds.
         is_met = bool(self._parameters) or not trainable_variables
         built, self.built = self.built, self.built or is_met
@@ -109,6 +86,35 @@ class KerasVocabulary(State):
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
         finally:
             self.built = built
+
+    def _check_values(self, shapes: list[tuple[int, ...]]) -> None:
+        """Raise if values of these shapes cannot be those of the last `build`'s variables, all still trainable."""
+        variables = self._trainable_variables
+        frozen = next((v for v in variables if not v.trainable), None)
+        pairs = zip(variables, shapes, strict=False)
+        misfit = next(((v, shape) for v, shape in pairs if shape != tuple(v.shape)), None)
+        if self._parameters and len(shapes) != len(variables):
+            received = f"{len(shapes)} values"
+        elif frozen is not None:
+            received = f"values while '{path_of(frozen)}' is frozen"
+        elif misfit is not None:
+            variable, shape = misfit
+            received = f"a value of shape {shape} for '{path_of(variable)}' of shape {tuple(variable.shape)}"
+        else:
+            return
+        trainable = [tuple(p.variable.shape) for p in self._parameters if p.variable.trainable]
+        if sorted(shapes) == sorted(trainable):
+            way_out = "Call `optimizer.build(model.trainable_variables)`; the state stays."
+        else:
+            way_out = (
+                f"{self._own_optimizer()} For layers that were unfrozen, call "
+                "`optimizer.add_param_group({'params': layer_or_variables})`."
+            )
+        raise ValueError(
+            f"`trainable_variables` must be the values of the {len(variables)} trainable variables that the optimizer "
+            f"was last built for. {way_out} If `fit` raised this, the model is empty: call `load_weights`. "
+            f"Received: {received}"
+        )
 
     def _variables_for(self, grads, trainable_variables):
         if trainable_variables is None:

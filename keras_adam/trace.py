@@ -30,8 +30,8 @@ class Trace:
         """Raise if the steps just made did not follow the schedule or callable that `rate` is."""
         if self.is_traced and self._rate is not rate:
             raise ValueError(
-                "`learning_rate` was made a schedule, or another one, after the train step was compiled, so that the "
-                "steps just made did not follow it. Compile the model again after setting it. "
+                "`learning_rate` was made a schedule, or another one, after the train step was compiled: the steps "
+                "just made did not follow it. Compile the model again. "
                 f"Received: learning_rate={rate}"
             )
 

@@ -365,6 +365,27 @@ def test_layers_that_train_in_turns_without_build(frozen_first):
         train(1 - frozen_first)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere the optimizer is given the variables")
+def test_frozen_without_build(tmp_path):
+    """All that is trained is known, so that the error has one way out, and that leads on."""
+    model = make_net(
+        "shrinking", [np.ones(shape, "float32") for shape in [(4, 3), (3,), (3, 2), (2,)]]
+    )
+    model.compile(keras_adam.Adam(0.01), "mse")
+    model.fit(X, Y, verbose=0)
+    model.layers[0].trainable = False
+    model.compile(model.optimizer, "mse")
+    epoch = int(model.optimizer.iterations)
+    model.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match=r"optimizer\.build\(.*Received: 2 values") as raised:
+        model.fit(X, Y, verbose=0)
+    assert "add_param_group" not in str(raised.value)
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "model.weights.h5")
+    model.fit(X, Y, verbose=0)
+    assert int(model.optimizer.iterations) == 2 * epoch
+
+
 def test_average_of_a_variable_without_an_update():
     """It must not replace the variable, as it is no average of anything yet."""
     model = make_net()

@@ -320,10 +320,9 @@ class JaxEngine(Engine):
         first = next((v for v, known in zip(variables, ours, strict=False) if v is not known), None)
         if same and first is not None:
             raise ValueError(
-                "The optimizer was built for the model's variables in another order than the model has them, so that "
-                "the state of one may have been used for another in the steps just made. Call "
-                "`optimizer.build(model.trainable_variables)` before `fit`. "
-                f"Received: '{path_of(first)}' as the first variable that stands elsewhere"
+                "The optimizer was built for the model's variables in another order, so that the steps just made may "
+                "have mixed up their state. Call `optimizer.build(model.trainable_variables)` before `fit`. "
+                f"Received: '{path_of(first)}' as the first variable at another place"
             )
 
     # Differentiation
