@@ -1,4 +1,4 @@
-"""Two operations that each backend has under a name of its own, and `keras.ops` lacks, at least in Keras 3.10."""
+"""Operations that `keras.ops` lacks, at least in Keras 3.10."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ def view(x: Any, dtype: str) -> Any:
 
 
 def _root():
-    """Return the square root of tensors of the active backend; on JAX and TensorFlow, its derivative at 0 is 0.
+    """Return the active backend's square root; on JAX and TensorFlow, with the derivative 0 at 0.
 
-    The true one is infinite, and what is multiplied by it then, such as the derivative of `g * g` at 0, would be NaN.
+    The true derivative is infinite: times 0, which is the derivative of `g * g` at 0, it gives NaN.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -50,9 +50,9 @@ def _root():
 
 
 def _with_derivative_of():
-    """Return a function `(result, x)` that gives `result`; on JAX, as if its derivative were that of `x`.
+    """Return a function `(result, x)` that returns `result`; on JAX, with the derivative of `x`.
 
-    Where `result` comes from the bits of `x` it has none of its own.
+    A `result` that was made from the bits of `x` has no derivative of its own.
     """
     if keras.backend.backend() != "jax":
         return lambda result, x: result

@@ -19,8 +19,8 @@ from keras_adam.paths import path_of
 class GroupView(Mapping):
     """The hyperparameters that some variables share; a mapping in which the numeric ones can be set.
 
-    A value set on it holds from the next step on, in a compiled train function too, without a retrace. PyTorch's names
-    `lr`, `betas` and `eps` serve besides Keras's.
+    A value that is set holds from the next step on, in a compiled train function too, without a retrace. PyTorch's
+    names `lr`, `betas` and `eps` work beside Keras's.
     """
 
     def __init__(self, optimizer, group: ParamGroup):
@@ -46,7 +46,7 @@ class GroupView(Mapping):
         group, name = self._group, PYTORCH_NAMES.get(name, name)
         if name == "betas":
             betas = check_betas(value)
-            for beta, number in betas.items():  # both, before either is set
+            for beta, number in betas.items():  # check both before either is set
                 check_numeric(beta, number)
             self.update(betas)
             return
@@ -121,7 +121,7 @@ class GroupView(Mapping):
     # For the optimizer
 
     def number(self, name: str) -> float:
-        """Return what a number, schedule or callable is worth at the optimizer's present iteration."""
+        """Return a number's value, also a schedule's or a callable's, at the optimizer's present iteration."""
         iterations = self._optimizer._iterations
         value = hyperparameters.resolve(name, self[name], iterations, compiling=False)
         return 0.0 if value is None else float(value)
@@ -152,7 +152,7 @@ class GroupView(Mapping):
 
 
 class GroupViews(dict[ParamGroup, GroupView]):
-    """The view of each group: made when it is first asked for, and the same one from then on."""
+    """The view of each group: made on first use, then always the same one."""
 
     def __init__(self, optimizer):
         super().__init__()
@@ -163,7 +163,7 @@ class GroupViews(dict[ParamGroup, GroupView]):
 
 
 class _ReadOnlyList(list):
-    """A list that shows what the optimizer has: a change to it would change nothing else, so it is refused."""
+    """A list that only shows what the optimizer has. A change would have no effect, so it is refused."""
 
     what = ""  # the expression that returned it
 
@@ -193,7 +193,7 @@ class _Members(_ReadOnlyList):
 
 
 class ParamGroups(_ReadOnlyList):
-    """A list of groups that is printed one a line."""
+    """A list of groups, printed one group a line."""
 
     what = "optimizer.param_groups"
 
@@ -201,12 +201,12 @@ class ParamGroups(_ReadOnlyList):
         return "[" + ",\n ".join(map(repr, self)) + "]"
 
     def __deepcopy__(self, memo):
-        """Return plain dictionaries, with the variables themselves: a copy of a group would need its optimizer."""
+        """Return dictionaries that hold the same variables; a copy of a group would need its optimizer."""
         return [_Snapshot(group) for group in self]
 
 
 class _Snapshot(dict):
-    """What a group held when it was copied; PyTorch's names serve too."""
+    """What a group held when it was copied; PyTorch's names work too."""
 
     def __init__(self, group: GroupView):
         super().__init__({**group, "params": list(group["params"])})
@@ -220,7 +220,7 @@ class _Snapshot(dict):
 
 
 def check_held(variable, name: str, value: Any) -> None:
-    """Raise if `variable` is empty because Keras's trainer on JAX holds its value, so that an assignment is lost."""
+    """Raise if Keras's trainer on JAX holds the value of `variable`, so that an assignment would be lost."""
     if variable is not None and getattr(variable, "_value", variable) is None:
         raise ValueError(
             f"`{name}` cannot be set here: while `fit` runs on JAX, the state is with Keras's trainer. In a callback, "

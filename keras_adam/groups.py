@@ -23,13 +23,13 @@ NUMERIC = (
     "weight_decay",
 )
 _MAY_BE_NONE = ("learning_rate", "weight_decay")
-# Stored as `1 - beta`: float32 has no 0.999, and what it has instead is 5e-5 off in the number that counts, 0.001.
+# Stored as `1 - beta`: with beta = 0.999 in float32, `1 - beta` would be off by 1.3e-5 of itself.
 _STORED_AS_COMPLEMENT = ("beta_1", "beta_2")
 _NOT_SET = -1.0  # stored for a learning rate that follows the optimizer's
-_ASKED = -2.0  # stored for a schedule or a callable, which is asked in each step
+_ASKED = -2.0  # stored for a schedule or a callable, which is called in each step
 INHERITED = "inherited"  # a group's `state_dtype` that is the optimizer's
 PYTORCH_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
-# What PyTorch's groups hold besides, at its own defaults: how a step is computed, not what it computes.
+# PyTorch's choices of an implementation, with its defaults: how a step is computed, not what it computes.
 IMPLEMENTATION = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
 
@@ -37,11 +37,11 @@ class ParamGroup:
     """The hyperparameters that some variables share.
 
     Args:
-        numeric: Dictionary of numbers, schedules and callables; those of `NUMERIC` but for both learning rates, which
-            may be left out.
-        options: What is constant, as it changes the formula.
+        numeric: Dictionary from the names in `NUMERIC` to numbers, schedules and callables. Both learning rates may
+            be left out.
+        options: The choices that change the formula, and so are constant.
         selector: What selects its variables. Defaults to `None`: all that no other group selects.
-        default: The group whose values this one was made beside. Defaults to `None`: it is that one.
+        default: The default group. Defaults to `None`: this group itself.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ParamGroup:
         self.state_dtype: str | None = INHERITED
         self.changes = 0  # how often a number was set
         self.is_constant = False  # whether the last compiled step holds the numbers as constants
-        self._implementation: dict[str, Any] = {}  # PyTorch's choices of one, without effect here
+        self._implementation: dict[str, Any] = {}  # PyTorch's choices, without effect here
         self._given: dict[str, Any] = {
             "learning_rate": None,
             "learning_rate_multiplier": 1.0,
@@ -74,11 +74,11 @@ class ParamGroup:
     # Numbers
 
     def given(self, name: str) -> Any:
-        """Return a number as it was last given, without a look at what is stored."""
+        """Return a number as it was last given, whatever is stored."""
         return self._given[name]
 
     def own(self, name: str) -> Any:
-        """Return the group's own number, as it was given if the one stored is still that one."""
+        """Return the group's own number: as it was given, unless another one was stored since."""
         given = self._given[name]
         numbers = self._read()
         if numbers is None or hyperparameters.is_dynamic(given):
@@ -91,7 +91,7 @@ class ParamGroup:
         if number == _NOT_SET:
             return None
         number = hyperparameters.exact(number)
-        # The decimal that `1 - 0.001` is meant to be: 0.999, not 0.9990000000000000213.
+        # Round to the decimal that was meant: 1 - 0.001 is 0.999, not 0.9990000000000000213.
         return round(1 - number, 12) if name in _STORED_AS_COMPLEMENT else number
 
     def readable(self, name: str) -> Any:
@@ -125,12 +125,12 @@ class ParamGroup:
         return ops.convert_to_tensor(self.current_numbers(), dtype)
 
     def store_numbers(self, numbers: np.ndarray) -> None:
-        """Store numbers that `current_numbers` returned, if there is where to store them."""
+        """Store numbers that `current_numbers` returned, if the group stores any."""
         if self.stored is not None:
             self.stored.assign(numbers)
 
     def renew_numbers(self) -> None:
-        """Store our own number where one was loaded that is none: a schedule's or a callable's."""
+        """Store the group's own numbers if a loaded one only stands for a schedule or a callable."""
         if self.stored is not None and _ASKED in ops.convert_to_numpy(self.stored):
             self.stored.assign(self.current_numbers())
 
@@ -155,9 +155,9 @@ class ParamGroup:
         """Return the scalars of step `t`.
 
         Args:
-            compute: `rule.step_scalars`, or what a backend has in its place.
-            learning_rate: The optimizer's current one.
-            iterations: What a schedule is asked with.
+            compute: `rule.step_scalars`, or a backend's own version.
+            learning_rate: The optimizer's current learning rate.
+            iterations: The count that schedules take.
             t: Scalar tensor.
             dtype: Dtype of the scalars.
             compiling: Whether what is read here is frozen into a compiled step.
@@ -212,14 +212,14 @@ class ParamGroup:
         self._implementation |= check_implementation(choices)
 
     def unusual_implementation(self) -> dict[str, Any]:
-        """Return the choices in which the group differs from the default group, or that one from PyTorch's defaults."""
+        """Return the choices that differ from the default group's; for that group, from PyTorch's defaults."""
         usual = IMPLEMENTATION if self.is_default else self.default.implementation()
         return {name: x for name, x in self.implementation().items() if x != usual[name]}
 
     # Configuration
 
     def get_config(self, known) -> dict[str, Any]:
-        """Return what makes an equal group, as `param_groups` takes it.
+        """Return a dictionary for `param_groups` that makes an equal group.
 
         `known` are the variables that the optimizer was built for.
         """
@@ -262,7 +262,7 @@ class ParamGroup:
 
 
 def parse(label: str, spec: Mapping[str, Any], default: ParamGroup) -> ParamGroup:
-    """Make a group of a user's dictionary, the argument `label`; what it does not say is as in `default`."""
+    """Make a group of a user's dictionary; errors name it `label`, and missing values are those of `default`."""
     if not isinstance(spec, Mapping) or "params" not in spec:
         raise ValueError(
             f"`{label}` must be a dictionary with the key 'params'. Received: {spec!r}"
@@ -310,7 +310,7 @@ def assign(groups: list[ParamGroup], default: ParamGroup, variables) -> list[Par
     """Return each variable's group: the first that selects it, else the default one.
 
     Raises:
-        ValueError: If a group of `groups` gets no variable, or one is named as an object in two groups.
+        ValueError: If a group of `groups` gets no variable, or two groups name the same variable.
     """
     places = selection.assign([g.selector for g in groups], [g.selected for g in groups], variables)
     return [default if place is None else groups[place] for place in places]
@@ -342,7 +342,7 @@ def check_options(default: rule.Options, choices: dict[str, Any]) -> rule.Option
 
 
 def check_implementation(choices: Mapping[str, Any]) -> dict[str, Any]:
-    """Return PyTorch's choices of an implementation, checked; those that are not among them are left out."""
+    """Return those of `choices` that are PyTorch's choices of an implementation, checked."""
     checked = {}
     for name, default in IMPLEMENTATION.items():
         if name in choices:

@@ -1,4 +1,4 @@
-"""Keras's vocabulary: the entry points of an optimizer of Keras, and its hooks."""
+"""Keras's vocabulary: the entry points and the hooks of Keras's optimizers."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from keras_adam.step_config import StepConfig
 
 
 class KerasVocabulary(State):
-    """Methods with the names of `keras.optimizers.Optimizer`'s; each hands on to a `Step` or an `Engine`."""
+    """The methods of `keras.optimizers.Optimizer`; each calls a `Step` or an `Engine`."""
 
     _own_hooks: dict[str, Any]  # as they are when the package is imported
 
@@ -33,13 +33,13 @@ class KerasVocabulary(State):
         """Update the variables by one step.
 
         Args:
-            grads: List of gradients, each of its variable's shape; None leaves its variable as it is. They are not
-                written to. TensorFlow's `IndexedSlices` and JAX's `BCOO` serve too.
+            grads: List of gradients, each of its variable's shape; None leaves its variable as it is. Gradients are
+                not written to. TensorFlow's `IndexedSlices` and JAX's `BCOO` are gradients too.
             trainable_variables: List of variables, one per gradient. Defaults to those that the optimizer was built
                 with; given on the first call, they build it.
 
         Raises:
-            ValueError: If the numbers of gradients and variables differ, a variable is not known or stands twice, or
+            ValueError: If the numbers of gradients and variables differ, a variable is unknown or is given twice, or
                 no variable has a gradient.
         """
         grads = list(grads)
@@ -59,7 +59,7 @@ class KerasVocabulary(State):
         self._engine.run(self._take_step, grads, variables, config)
 
     def _take_step(self, grads, variables, config: StepConfig) -> None:
-        """Take one step, as it may be compiled."""
+        """Take one step; a compiled step traces this."""
         if self._engine.is_compiling():
             self._trace.note(self._dynamic_rate())
         is_lazy = config.lazy and not self._overrides_update()
@@ -145,7 +145,7 @@ class KerasVocabulary(State):
         """Return the learning rate if it is a schedule or a callable, which a compiled step keeps; else None."""
         return self._learning_rate if hyperparameters.is_dynamic(self._learning_rate) else None
 
-    # Hooks: what a subclass has of its own is called in place of these
+    # Hooks that a subclass may override
 
     def update_step(self, gradient, variable, learning_rate) -> None:
         """Update one variable and its moments; a subclass may override it, and call this one.
@@ -153,7 +153,7 @@ class KerasVocabulary(State):
         Args:
             gradient: Tensor of the variable's shape.
             variable: One of the variables that the optimizer was built with.
-            learning_rate: Number or scalar tensor; a group's own learning rate, where it has one, stands above it.
+            learning_rate: Number or scalar tensor; a group with its own learning rate ignores it.
         """
         self._engine.update_one(gradient, variable, self._engine.scalars(learning_rate))
 
@@ -184,14 +184,14 @@ class KerasVocabulary(State):
         self._engine.assign(variable, value)
 
     def _overrides(self, *hooks: str) -> bool:
-        """Whether one of the hooks is not ours: a subclass's, this very optimizer's, or put into our class."""
+        """Whether one of the hooks was replaced: in a subclass, on this optimizer, or in our class."""
         return any(
             name in self.__dict__ or getattr(type(self), name) is not self._own_hooks[name]
             for name in hooks
         )
 
     def _overrides_update(self) -> bool:
-        """Whether variables are to be updated one by one, through a hook that a subclass has of its own."""
+        """Whether a hook that sees each variable was replaced, so that they are updated one by one."""
         return self._overrides("update_step", "assign", "assign_sub")
 
     @keras_private.without_autocast()
@@ -202,8 +202,8 @@ class KerasVocabulary(State):
             var_list: List of the model's trainable variables.
 
         Raises:
-            ValueError: If the train step was compiled before the learning rate became a schedule, or another one, or
-                before a group of these variables was added, so that it knew nothing of that.
+            ValueError: If the train step was compiled before the schedule of the learning rate was set, or before a
+                group of these variables was added.
         """
         if self._engine.was_emptied():  # an error from here would hide the trainer's own
             return

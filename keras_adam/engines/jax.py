@@ -33,13 +33,15 @@ from keras_adam.storage import Spec
 from keras_adam.tensors import compute_dtype, value_of
 
 _MOST_COMPILED = 16  # kinds of eager step that are kept compiled; see `_pays_to_compile`
-_MOST_COUNTED = 256  # kinds of which it is counted how often they came
-_OFTEN = 200  # steps of one kind, from which on compiling it pays
-_MOST_AT_ONCE = 256  # variables of which a step is compiled when it comes first
+_MOST_COUNTED = 256  # kinds of eager step whose number of steps is counted
+_OFTEN = 200  # steps of one kind after which compiling it pays
+_MOST_AT_ONCE = 256  # variables up to which the first kind of step is compiled at once
 _SOMETHING = object()
 _HELD_TWICE = next(map(sys.getrefcount, [_SOMETHING]))
 _NO_ARRAYS = (keras.Variable, list, tuple, int, float)
-_PIECE = 16  # variables that are alike and updated by one compiled call, where the step is not compiled as a whole
+_PIECE = (
+    16  # alike variables that one compiled call updates, if the step is not compiled as a whole
+)
 
 
 class JaxEngine(Engine):
@@ -48,7 +50,7 @@ class JaxEngine(Engine):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.compiled: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # eager steps, as wholes
-        self._times_seen: dict[int, int] = {}  # kinds of eager step that are not
+        self._times_seen: dict[int, int] = {}  # the other kinds of eager step, by hash
 
     # An eager step: operation by operation it would take a hundred times as long as one compiled call.
 
@@ -72,12 +74,12 @@ class JaxEngine(Engine):
                 return
             if len(self.compiled) >= _MOST_COMPILED:
                 del self.compiled[next(iter(self.compiled))]  # the oldest
-            # References, so that an `id` in the key is not used again.
+            # Keep references, so that an `id` in the key is not reused.
             constraints = [v.constraint for v in self.parameters.variables]
-            held = variables, self.optimizer._learning_rate, self._dynamic(), constraints
+            references = variables, self.optimizer._learning_rate, self._dynamic(), constraints
             stateless = functools.partial(self._stateless_step, step, variables, config)
             donated = 0 if may_donate else ()
-            self.compiled[key] = jax.jit(stateless, donate_argnums=donated), held
+            self.compiled[key] = jax.jit(stateless, donate_argnums=donated), references
         assign = self.optimizer.assign if in_stateless_scope() else _assign
         with self.trace.apart():
             values = self.compiled[key][0](given, [v.value for v in kept], grads, config.numbers())
@@ -87,9 +89,9 @@ class JaxEngine(Engine):
     def _pays_to_compile(self, key: tuple, variables: list[Variable], config: StepConfig) -> bool:
         """Whether to compile an eager step of a new kind: other variables, other options, other gradients of None.
 
-        Otherwise the step runs in pieces. Compiling takes as long as what some hundred steps then save, so that it
-        pays for the first kind, and for another one that has come often. Where there are many variables and nothing
-        but their update to compute, pieces are as fast.
+        Otherwise the step runs in pieces. Compiling costs as much time as some 200 steps then save. So the first kind
+        is compiled at once, and another one when it has come often. With many variables and nothing but their update
+        to compute, pieces are as fast.
         """
         are_many = len(variables) > _MOST_AT_ONCE
         if are_many and config.only_updates:
@@ -146,7 +148,7 @@ class JaxEngine(Engine):
         return not (asked or self.optimizer._overrides(*keras_private.STEP_HOOKS))
 
     def _dynamic(self) -> list[Any]:
-        """Return each number of each group that is a schedule, None in place of the others."""
+        """Return each number of each group that is a schedule, and None for each other."""
         given = [g.given(name) for g in self.optimizer._groups for name in NUMERIC]
         return [x if hyperparameters.is_dynamic(x) else None for x in given]
 
@@ -183,7 +185,7 @@ class JaxEngine(Engine):
         carry = (condition, [v.value for v in variables])
         _, values = jax.lax.while_loop(lambda carry: carry[0], body, carry)
         for variable, value in zip(variables, values, strict=True):
-            # What leaves the loop may be split otherwise than what was assigned in it.
+            # The loop may return a value in another layout than it was assigned in.
             is_spread = self.optimizer.shard_state
             variable.assign(_laid_out_like(variable, value) if is_spread else value)
 
@@ -234,7 +236,7 @@ class JaxEngine(Engine):
         return _updated_one(gradient, kept, rest, dither, constants=constants, **options)
 
     def step_scalars(self, options: rule.Options, **numbers: Any) -> rule.Scalars:
-        if self.is_compiling():  # there Python's numbers are to be constants
+        if self.is_compiling():  # so that Python's numbers become constants
             return super().step_scalars(options, **numbers)
         return _compiled_scalars(options, **{name: value_of(x) for name, x in numbers.items()})
 
@@ -255,17 +257,17 @@ class JaxEngine(Engine):
             return None
         indices, values, rows = gradient.indices[:, 0], gradient.data, gradient.shape[0]
         indices = jax.numpy.where(indices < 0, indices + rows, indices)
-        # Beyond the last row stands what only fills up the arrays.
+        # Indices beyond the last row are padding.
         counts = ((indices >= 0) & (indices < rows)).reshape(-1, *[1] * (values.ndim - 1))
         return Rows(gradient.shape, indices, jax.numpy.where(counts, values, 0))
 
-    # State that is spread over the data-parallel devices: gradients are handed on in its layout, so that XLA sums them
-    # and splits them in one; each device updates its part, and the weights are put together again.
+    # State that is spread over the data-parallel devices. Gradients take its layout, so that XLA sums and splits them
+    # at once. Each device updates its part; then the weights are put together again.
 
     def slot_layout(self, layout: Any, shape: tuple[int, ...], spec: Spec) -> Any:
         distribution = keras.distribution.distribution()
         axis = getattr(distribution, "batch_dim_name", None)
-        sharding = getattr(layout, "backend_layout", layout)  # Keras's layouts and JAX's serve
+        sharding = getattr(layout, "backend_layout", layout)  # of Keras's layout, or JAX's own
         if not isinstance(sharding, NamedSharding):
             return layout
         axes = [*sharding.spec] + [None] * (len(shape) - len(sharding.spec))
@@ -330,7 +332,7 @@ class JaxEngine(Engine):
     def differentiate(
         self, loss_fn: Callable[[], Tensor], variables: list[Variable]
     ) -> tuple[Tensor, list[Any]]:
-        # What the loss assigns to, such as the moving statistics of a batch normalisation.
+        # Variables that the loss assigns to, such as the moving statistics of a batch normalisation.
         assigned: list[keras.Variable] = []
 
         def compute(values):
@@ -348,14 +350,14 @@ class JaxEngine(Engine):
 
 
 def _as_array(gradient: Any) -> Any:
-    """Return the value of a variable, or an array of a list or a number; `jax.jit` takes none of them as one array."""
+    """Return a gradient that is a variable, a list or a number as an array, since `jax.jit` would not."""
     if isinstance(gradient, _NO_ARRAYS):
         return keras.ops.convert_to_tensor(gradient)
     return gradient
 
 
 def _pieces(count: int) -> Iterator[slice]:
-    """Give slices of so many variables that are alike, of two sizes: each size is compiled once."""
+    """Split a number of alike variables into slices of two sizes; each size is compiled once."""
     whole = count - count % _PIECE
     yield from (slice(i, i + _PIECE) for i in range(0, whole, _PIECE))
     yield from (slice(i, i + 1) for i in range(whole, count))
@@ -366,7 +368,7 @@ _compiled_scalars = jax.jit(rule.step_scalars, static_argnames=("options", "dtyp
 
 @functools.partial(jax.jit, static_argnames=("storages", "counts", "options", "dtype"))
 def _updated_alike(grads, kept, scalars, dither, *, counts, **alike):
-    """Return what is to be kept of variables that are alike; `counts` tells how many arrays each storage has."""
+    """Return the new arrays of alike variables; `counts` holds each storage's number of arrays."""
 
     def of_one(gradient, arrays):
         rest = iter(arrays)
@@ -385,7 +387,7 @@ def _updated_one(gradient, kept, scalars, dither, *, constants, **alike):
 
 
 def _assign(variable: Variable, value: Tensor) -> None:
-    """Assign a value that is of the right shape and dtype, which `assign` would find out for each."""
+    """Assign a value of the right shape and dtype, without the checks that `assign` makes."""
     variable._direct_assign(value)
 
 
@@ -430,7 +432,7 @@ def _is_in_units(i: int, shape: tuple[int, ...], devices: int, unit: int) -> boo
 
 
 class _RecordingScope(keras.StatelessScope):
-    """A stateless scope that knows which variables were assigned in it, and sees what an outer one holds."""
+    """A stateless scope that records which variables were assigned in it, and reads from the scope around it."""
 
     def __init__(self, state_mapping):
         super().__init__(state_mapping, collect_losses=True)  # those that layers add

@@ -36,13 +36,13 @@ class TorchEngine(Engine):
         with _without_autocast(iterations._value.device.type):
             step(grads, variables, config)
         if _version(iterations._value) == version + 1:
-            # One step was counted: known without asking the device, which would wait for all that is under way.
+            # The count rose by one step. Reading it from the device would wait for all work in its queue.
             self._remember(iterations, before + 1)
 
     def is_compiling(self) -> bool:
         return torch.compiler.is_compiling()
 
-    # Counting: on the host, asking the device only for what was written to.
+    # Counting on the host; the device is asked only for what was written to since.
 
     def count(self, is_done: Tensor) -> None:
         variable = self.optimizer._iterations if is_done else self.optimizer.skipped_steps
@@ -118,7 +118,7 @@ class TorchEngine(Engine):
 
     def buckets(self, variables: list[Variable]) -> list[Bucket]:
         buckets = super().buckets(variables)
-        # All of them: each renews its list of parameters.
+        # A list, not a generator: each bucket must renew its parameters.
         if not all([bucket.memory.is_current() for bucket in buckets]):
             self.forget()
             buckets = super().buckets(variables)
@@ -161,7 +161,7 @@ class TorchEngine(Engine):
         if any(map(torch.Tensor.is_neg, grads)):  # as of the imaginary part of a conjugate
             grads = [g.resolve_neg() for g in grads]
         if tensors.in_pieces:
-            # Joined as they are, gradients of several dtypes would be rounded to one of these.
+            # Concatenated as they are, gradients of several dtypes would be rounded to one of them.
             if len({g.dtype for g in grads}) > 1:
                 grads = [g.float() for g in grads]
             tensors.update_in_pieces(update, grads, self.dither())
@@ -169,7 +169,7 @@ class TorchEngine(Engine):
             tensors.update_whole(update, grads)
 
     def _numbers_of(self, group: ParamGroup, learning_rate: Any) -> dict[str, float]:
-        """Return the group's numbers on the host; they are read from the device only after they were changed."""
+        """Return the group's numbers on the host; the device is asked only after they were changed."""
         stored = None if group.stored is None else group.stored._value
         key = group.changes, None if stored is None else (id(stored), _version(stored))
         known = self._host_numbers.get(group)
@@ -223,7 +223,7 @@ class TorchEngine(Engine):
         return torch._foreach_div(_widened(values), self.config.loss_scale_factor)
 
     def are_finite(self, values: list[Tensor]) -> bool:
-        # The one thing that is read from the device in a step, as by PyTorch's own `GradScaler`.
+        # The only read from the device in a step; PyTorch's own `GradScaler` makes it too.
         values = [x for x in values if x.numel() and x.is_floating_point()]
         largest = torch._foreach_norm(values, float("inf")) if values else [torch.zeros(())]
         return bool(torch.stack(largest).isfinite().all())
@@ -316,14 +316,14 @@ def _tensor_of(variable: Variable) -> Any:
 
 
 def _without_autocast(device: str):
-    """Return a context without autocast, which refuses to join tensors of the half precision that is not its own."""
+    """Return a context without autocast, which refuses to concatenate tensors of the other half precision."""
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
 
 def _version(tensor):
-    """Return how often a tensor was written to; of inference mode, which does not count, NaN: it equals nothing."""
+    """Return how often a tensor was written to; in inference mode, which does not count, NaN, equal to nothing."""
     return float("nan") if tensor.is_inference() else tensor._version
 
 
