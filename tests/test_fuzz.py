@@ -1,15 +1,15 @@
 """Random variables, options, gradients and operations, against the model in `model_of_optimizer.py`.
 
 `make test-long` runs a few dozen examples, the same each time; `make fuzz` runs FUZZ_EXAMPLES (2,000) other
-ones. What it has found stands below as tests of its own.
+ones. What it has found is tested below, in tests of their own.
 
-What is not the same everywhere, and is compared within these bounds rather than kept away from:
+Backends differ in the following, which is compared within these bounds rather than avoided:
 
 - In float32 the square of 1e30 is infinite, and so is the second moment from then on. That step divides by
-  infinity and leaves the variable as it is. PyTorch's kernel goes on so; elsewhere the next step
-  takes infinity from infinity. Such an element must be NaN, or as if no step were made.
-- A norm of 1e30 is infinite for the same reason, and what is clipped by it becomes zero. PyTorch
-  knows the norm of a single number, and XLA may.
+  infinity and leaves the variable as it is. PyTorch's kernel goes on so; elsewhere the next step subtracts
+  infinity from infinity. Such an element must be NaN, or as if no step were made.
+- A norm of 1e30 is infinite for the same reason, and a gradient clipped by it becomes zero. PyTorch
+  computes the norm of a single number right, and XLA may.
 - XLA and TensorFlow take numbers below 2^-126 for zero, PyTorch does not.
 - A number that leaves the range of its variable's dtype may be anything from then on.
 - epsilon=0 is not drawn: 0 / 0 is the caller's wish.
@@ -177,7 +177,7 @@ def _numpy_dtype(dtype):
 
 
 def make_gradient(rng, kind, shape, dtype):
-    """An array of the variable's dtype, so that both sides see the same number."""
+    """Return an array of the variable's dtype, so that both sides see the same numbers."""
     if kind is None:
         return None
     size = 10 ** rng.uniform(-5, 2, shape) * rng.choice([-1.0, 1.0], shape)
@@ -208,7 +208,7 @@ def assert_same_bits(actual, desired, what):
 
 
 class Run:
-    """One optimizer and its model, taken through a plan."""
+    """One optimizer and its model, which follow a plan."""
 
     def __init__(self, plan):
         self.rng = np.random.default_rng(plan["seed"])
@@ -229,7 +229,7 @@ class Run:
         }
         groups = plan["groups"]
         if self.how == "compiled" and groups is None:
-            groups = []  # else a number that is set is refused, as it must be
+            groups = []  # without groups, setting a number is refused, as it must be
         self.groups, specs, group_of = [], [], {}
         for options, which in groups or []:
             which %= len(self.variables)
@@ -300,7 +300,7 @@ class Run:
         before = self._state(old)
         has_joined_late = any(v.start for v in self.model.variables)
         if has_joined_late and how != "h5":
-            # Only HDF5 tells which of the variables joined when.
+            # Only HDF5 says when each of the variables joined.
             store = {}
             old.save_own_variables(store)
             new.build(self.variables)

@@ -1,4 +1,4 @@
-"""How often an eager step on JAX is compiled, counted, and that it does the same compiled or not."""
+"""How often an eager step on JAX is compiled, and that it does the same compiled or not."""
 
 import keras
 import numpy as np
@@ -174,7 +174,7 @@ def test_pieces_do_what_the_portable_path_does(name, dtype, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pieces_give_the_bits_of_the_compiled_call(options, dtype, monkeypatch):
-    """So that a run that is resumed, and compiles at another step, is the same run."""
+    """A run that is resumed compiles at another step, and must still be the same run."""
     found = []
     for at_once in (256, 0):
         monkeypatch.setattr(backend, "_MOST_AT_ONCE", at_once)

@@ -1,4 +1,4 @@
-"""What `repr` tells of an optimizer and its groups, in a traced step too."""
+"""What `repr` shows of an optimizer and its groups, in a traced step too."""
 
 import keras
 import pytest
@@ -88,7 +88,7 @@ def test_groups_are_printed_one_a_line_with_what_differs():
 
 
 class Watched(keras_adam.Adam):
-    """Reads itself in each step."""
+    """Calls its own `repr` in each step."""
 
     def apply(self, grads, trainable_variables=None):
         """Step, and read before and after."""

@@ -4,9 +4,9 @@
 step does around it as well: accumulation, clipping, groups, late joiners, averages, skipped steps; for
 any gradient, infinities and NaNs among them. Like `reference.py` it never imports keras_adam.
 
-Beside each array stands `error`, how far an implementation that rounds may be from it. It is carried
-through each equation as the numbers are, so that a small difference is allowed where one is to be
-expected (a step after a cancellation, one that is divided by almost nothing), and nowhere else.
+Each array has an `error`: how far an implementation that rounds may be from it. Each equation computes it
+along with the numbers. So a small difference is allowed where it is expected (a step after a cancellation,
+or a division by almost nothing), and nowhere else.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ FLUSHED = 2.0**-125  # numbers below 2^-126 may be taken for zero: XLA and Tenso
 
 # Half the distance between neighbours, relative.
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
-# What storing a variable may do to it: relative, absolute. A variable of half precision alone is
-# rounded to its 8 or 11 bits; with its compensation, the compensation is, up or down.
+# The error of storing a variable: relative, absolute. Without a compensation, a variable of half precision is rounded
+# to its 8 or 11 bits; with one, only the compensation is rounded, up or down.
 STORED = {
     ("float64", False): (2.0**-53, 0.0),
     ("float32", False): (2.0**-24, 0.0),
@@ -50,9 +50,8 @@ class Variable:
         )
         self.m, self.v, self.s, self.total = (np.zeros_like(self.p) for _ in range(4))
         self.average = None
-        # The second moment has left float32's range: the gradient's square is infinite there, so
-        # that no step is made. What follows is no step, or a NaN where infinity minus infinity
-        # comes in.
+        # The second moment has left float32's range: the gradient's square is infinite there, so that no step is made.
+        # From then on no step is made, or the element is NaN, from infinity minus infinity.
         self.may_be_nan = np.zeros(self.p.shape, bool)
         self.is_lost = np.zeros(self.p.shape, bool)  # anything goes: it left its dtype's range
 
@@ -235,7 +234,7 @@ class Optimizer:
             x.may_be_nan |= np.isinf(x.v)
 
     def _state_error(self, x):
-        """What keeping a moment does to it, relative."""
+        """The relative error of storing a moment."""
         kept = self.options["state_dtype"] or x.wide
         return {"bfloat16": 2.0**-7, "float32": 2.0**-24, "float64": 0.0}[kept]
 
@@ -263,7 +262,7 @@ class Optimizer:
 
 
 def _in_range(x, wide):
-    """Infinity for what is beyond float32's range, where all is computed in it."""
+    """Replace what is beyond float32's range by infinity, if all is computed in float32."""
     return np.where(np.abs(x) > LARGEST, np.copysign(np.inf, x), x) if wide == "float32" else x
 
 
