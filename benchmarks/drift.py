@@ -1,7 +1,7 @@
 """A million steps of a scalar beside float64: `KERAS_BACKEND=jax python benchmarks/drift.py [STEPS]`.
 
 The gradient is that of (p - 3)^2 / 2 plus a fixed oscillation, computed from a target that does not depend on `p`, so
-that the float64 reference and the optimizer see the same numbers: what is shown is what rounding alone adds up to.
+that the float64 reference and the optimizer see the same numbers. So the result is the sum of rounding errors alone.
 """
 
 import pathlib
@@ -32,7 +32,7 @@ CASES = {
 
 
 def gradients_of(start):
-    """Numbers that bfloat16 has, so that each dtype sees the same: of a mean of -1/64 and a size of 1."""
+    """Return numbers that bfloat16 holds exactly, with a mean of -1/64 and a size of 1."""
     i = np.arange(start, start + CHUNK, dtype="float64")
     return (np.round(64 * np.sin(0.1 * i)) - 1) / 64
 

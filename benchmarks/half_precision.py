@@ -4,8 +4,8 @@
     python benchmarks/half_precision.py --report
 
 The first trains a convolutional net on scikit-learn's digits and a small transformer on the characters of a module of
-Python's library, wholly in one dtype, and writes `half-precision-<backend>.json`; what that holds already is not run
-again. The second makes a table and plots of all such files: `half-precision.md`, `half-precision-light.png`,
+Python's library, wholly in one dtype, and writes `half-precision-<backend>.json`. Runs that the file holds already are
+not repeated. The second makes a table and plots of all such files: `half-precision.md`, `half-precision-light.png`,
 `half-precision-dark.png`.
 """
 

@@ -4,9 +4,9 @@
     python benchmarks/half_precision_step.py --report
 
 The first writes `half-precision-step-<backend>.json`; the second makes `half-precision-step.md` of all such files.
-Memory is resident memory as Linux tells it, each contestant in its own process: what variables and state take after
-three steps, less what there was before, and what one more step takes beyond that. Time is of all in one process, in
-turns.
+Memory is resident memory as Linux reports it, each contestant in its own process: what variables and state take after
+three steps, minus what there was before, and what one more step takes beyond that. Time is measured for all in one
+process, in turns.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def gradients(dtypes) -> dict:
 
 
 def memory_of(name: str) -> dict[str, float]:
-    """Return the bytes per parameter that stay, and those that a step takes beyond."""
+    """Return the bytes per parameter that stay, and those that a step takes in addition."""
     grads = gradients([CONTESTANTS[name][0]])
     gc.collect()
     before = memory._bytes("VmRSS")

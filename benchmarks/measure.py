@@ -25,7 +25,7 @@ class Budget(NamedTuple):
     seconds: float  # for the rounds of one case, unless `least` rounds take longer
     least: int  # rounds
     most: int
-    sample: float  # seconds that one sample shall last at least: short steps are repeated
+    sample: float  # least seconds of one sample: short steps are repeated
 
 
 FULL = Budget(seconds=3.0, least=7, most=31, sample=0.02)

@@ -2,7 +2,7 @@
 
     python benchmarks/sharding.py
 
-Eight devices are made of this machine's CPU, so that their time tells of the work that is done, not of a network.
+Eight devices are made of this machine's CPU, so that times show the work that is done, not a network.
 Writes `sharding.md`.
 """
 
@@ -58,7 +58,7 @@ def state_of(model) -> list:
 
 
 def on_one_device(variables) -> int:
-    """Return the bytes that the first device holds, as its shards tell."""
+    """Return the bytes of the shards that the first device holds."""
     return sum(v.value.addressable_shards[0].data.nbytes for v in variables)
 
 

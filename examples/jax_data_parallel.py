@@ -53,7 +53,7 @@ def batches(epoch):
 
 
 def save(epoch):
-    """Save in each process, as all hold a part of the state; keep the first one's file, whole or not at all."""
+    """Save in each process, as all hold a part of the state; keep the first process's file, whole or not at all."""
     given.backup.mkdir(parents=True, exist_ok=True)
     scratch = given.backup / f"unfinished-{RANK}.keras"
     model.save(scratch)
