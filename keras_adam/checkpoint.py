@@ -1,8 +1,8 @@
 """Saving and loading of an optimizer's state: all of it fits, or nothing is assigned.
 
 A file holds what `keras.optimizers.Adam` writes, arrays numbered in the order of `optimizer.variables`, so that each of
-the two reads the other's. Where the store is HDF5, each array also bears its role ("momentum", "velocity", ...), the
-path of the variable that it belongs to, its dtype, and a checksum of this and of its values; Keras passes over these.
+the two reads the other's. In HDF5 each array also has attributes, which Keras ignores: its role ("momentum",
+"velocity", ...), the path of its variable, its dtype, and a checksum of these and of its values.
 """
 
 import re
@@ -17,11 +17,12 @@ from keras import ops
 from keras_adam.paths import align
 from keras_adam.storage import MOMENTS, SCALE, InBlocks, Storage
 
-# What an optimizer without the option does not save, and what then begins at zero.
+# Roles that a file may lack, if it was saved without the option; their arrays then begin at zero.
 MAY_LACK = ("compensation", "skipped_steps")
 SIGNED_MOMENT = "momentum"  # the one that may be negative
 
-# How Keras names its other optimizers, if the user does not. Some keep as many arrays as Adam, of the same shapes.
+# How Keras names its other optimizers, if the user does not. A `.weights.h5` file of Keras shows nothing else of the
+# optimizer's class: Adamax, Lamb and RMSprop save as many arrays as Adam, of the same shapes and without roles.
 _OTHER_KINDS = (
     *("adadelta", "adafactor", "adagrad", "adamax", "ftrl", "lamb", "lion", "muon", "nadam"),
     *("rm_sprop", "rmsprop", "schedule_free_adam_w", "sgd"),
@@ -34,7 +35,7 @@ class Entry(NamedTuple):
     role: str
     path: str
     variable: Any
-    start: int | None = None  # of a momentum: which "start" tells when its variable joined
+    start: int | None = None  # of a momentum: the number of the "start" of its variable
     frozen: bool = False  # whether it belongs to a variable that is not trainable now
     storage: Storage | None = None  # of codes
     scale: Any = None  # of codes: the variable with their scales
@@ -72,14 +73,14 @@ class Entry(NamedTuple):
         self.variable.assign(values if is_float else values.astype(dtype))
 
     def blocks_of(self, s: "Saved") -> InBlocks:
-        """Return how the codes that are saved of this are kept in the file."""
+        """Return how the file keeps the codes in `s`."""
         return InBlocks(
             signed=self.role == SIGNED_MOMENT, by_row=s.scale is not None and s.scale.ndim == 2
         )
 
 
 class Saved(NamedTuple):
-    """One array of a file; role, path and dtype are empty where the file does not tell them."""
+    """One array of a file; role, path and dtype are empty if the file lacks them."""
 
     role: str
     path: str
@@ -95,14 +96,14 @@ class Saved(NamedTuple):
 
     @property
     def arrays(self) -> list["Saved"]:
-        """What the file holds of it: the codes, then their scales."""
+        """Its arrays in a file: the codes, then their scales."""
         if self.scale is None:
             return [self]
         scale = Saved(_scale_role(self.role), self.path, self.scale, dtype="float32")
         return [self._replace(scale=None), scale]
 
     def checksum(self) -> int:
-        """Return a number that another one, or one that was damaged, is most unlikely to have."""
+        """Return a CRC-32 of the metadata and the values."""
         told = repr((self.role, self.path, self.start, self.frozen, self.dtype, self.value.shape))
         values = np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
         return zlib.crc32(values.data, zlib.crc32(told.encode()))
@@ -135,7 +136,7 @@ def read(store, owner: str) -> list[Saved]:
                 f"{len(keys)} arrays, but none named '{key}'. Received: {sorted(keys)}"
             )
         value = np.array(store[key])
-        if not value.dtype.isnative:  # another machine's order of bytes, which no backend takes
+        if not value.dtype.isnative:  # backends take native byte order only
             value = value.astype(value.dtype.newbyteorder("="))
         told = _read_attributes(store, key)
         role, path, start, dtype = (
@@ -167,7 +168,7 @@ def read(store, owner: str) -> list[Saved]:
 
 
 def _with_scales(saved: list[Saved], owner: str) -> list[Saved]:
-    """Return what was saved, codes and their scales, which come next, as one."""
+    """Return what was saved, with each array of codes joined to its scales, which come next."""
     whole: list[Saved] = []
     rest = iter(saved)
     for s in rest:
@@ -188,19 +189,19 @@ def _with_scales(saved: list[Saved], owner: str) -> list[Saved]:
 
 
 def is_of_copy(store) -> bool:
-    """Whether the store is in a file of an optimizer without its model, as `copy.deepcopy` and `pickle` make it.
+    """Whether the store's file holds an optimizer without a model, as `copy.deepcopy` and `pickle` write it.
 
-    The optimizer is the root of the file, or it is within a `LossScaleOptimizer` that is the root.
+    The root of the file is the optimizer, or a `LossScaleOptimizer` around it.
     """
     file = getattr(getattr(store, "_h5_entry_group", None), "file", None)
     return file is not None and set(file) <= {"vars", "inner_optimizer"}
 
 
 def first_other(saved: list[Saved], wanted: list[tuple[str, tuple[int, ...], bool]]) -> str:
-    """Return the first thing in the state that is not that of the wanted variables; "" if there is none.
+    """Return the first difference between the state and the wanted variables; "" if there is none.
 
     Args:
-        saved: The state; that of a variable that was frozen when it was saved may be left over.
+        saved: The state. It may hold state of other variables that were frozen when it was saved.
         wanted: Path and shape of each variable, and whether it must have state.
     """
     shapes: dict[str, list[tuple[int, ...]]] = {}
@@ -221,7 +222,7 @@ def first_other(saved: list[Saved], wanted: list[tuple[str, tuple[int, ...], boo
 
 
 def is_unused(saved: list[Saved]) -> bool:
-    """Whether no step was made: the count of iterations and all that is kept of a variable is zero."""
+    """Whether no step was made: the count of iterations and all state of variables are zero."""
     values = (
         s.value if s.scale is None else s.scale for s in saved if s.path or s.role == "iteration"
     )
@@ -233,11 +234,11 @@ def match(
 ) -> list[tuple[Entry, Saved]]:
     """Pair the state with what was saved; raise a ValueError that names the first difference.
 
-    With `by_name` names decide even if they are numbered ones, which in another session tell the order of creation.
+    With `by_name`, names decide even if Keras numbered them; such names depend on the session.
     """
     pairs = _match_names(saved, entries, owner, by_name) or _match_positions(saved, entries, owner)
     check(pairs, owner)
-    # What rounding took in another dtype is kept at another scale, and the variable itself has been rounded anew.
+    # In another dtype, the compensation has another scale, and the variable was rounded anew: start from zero.
     return [
         (e, _zeros(e)) if e.role == "compensation" and _other_half(e, s) else (e, s)
         for e, s in pairs
@@ -247,7 +248,7 @@ def match(
 def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
     """Raise a ValueError if an array does not fit the state variable that it is for.
 
-    Floats of any width fit a float; what does not is one that counts, and the reverse.
+    A float of any width fits a float; a count fits a count only.
     """
     for entry, s in pairs:
         if s.value.shape != tuple(entry.variable.shape):
@@ -274,7 +275,7 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
 
 
 def _check_scale(entry: Entry, s: Saved, owner: str) -> None:
-    """Raise a ValueError if codes are not those of a moment, or their scales do not fit them."""
+    """Raise a ValueError if the codes are not a moment's, or the scales do not fit them."""
     scale = s.scale if s.scale is not None else np.zeros(())
     needed = entry.blocks_of(s).specs(entry.role, s.value.shape)[1].shape
     if entry.role not in MOMENTS or not s.value.shape or scale.shape != needed:
@@ -290,10 +291,10 @@ def _check_scale(entry: Entry, s: Saved, owner: str) -> None:
 
 
 def whole_number(s: Saved, owner: str, label: str, dtype: str) -> int:
-    """Return the count that an array holds; raise a ValueError if it holds none, or one that `dtype` does not have."""
+    """Return the count that an array holds; raise a ValueError if it holds none, or one outside of `dtype`."""
     value, most = s.value, int(np.iinfo(dtype).max)
     is_number = value.shape == () and value.dtype.name.startswith(("int", "uint", "float"))
-    # As a whole number: beside a float of NumPy, `most` would be rounded up to one.
+    # Compare as integers: beside a float of NumPy, `most` would be rounded up to a float.
     number = int(value) if is_number and np.isfinite(value) else -1
     if not 0 <= number <= most or value != number:
         shown = value.item() if value.shape == () else f"an array of shape {value.shape}"
@@ -305,9 +306,9 @@ def whole_number(s: Saved, owner: str, label: str, dtype: str) -> int:
 
 
 def is_beginning(saved: list[Saved]) -> bool:
-    """Whether this is the state of an optimizer that was not built, so that no training had begun.
+    """Whether this is the state of an optimizer that was not built.
 
-    It holds the count of iterations, and the learning rate if that is a number.
+    Such state is a count of iterations of zero, and the learning rate if that is a number.
     """
     roles = [s.role for s in saved]
     return (
@@ -318,13 +319,13 @@ def is_beginning(saved: list[Saved]) -> bool:
 
 
 def _other_half(entry: Entry, s: Saved) -> bool:
-    # Files of before the dtype was told have bfloat16 as float32, too, and float16 as it is.
+    # Older files lack the dtype. They hold bfloat16 as float32, and float16 as it is.
     kept = s.dtype or ("float16" if s.value.dtype == "float16" else "bfloat16")
     return kept != keras.backend.standardize_dtype(entry.variable.dtype)
 
 
 def _are_alike(saved: list[Saved], entries: list[Entry]) -> bool:
-    """Whether both are the same but for the numbers at the end of names, in the same order."""
+    """Whether both are the same, in the same order, except for numbers at the end of names."""
 
     def plain(path: str) -> list[str]:
         return [re.sub(r"_\d+$", "", name) for name in path.split("/")]
@@ -345,7 +346,7 @@ def assign(pairs: list[tuple[Entry, Saved]]) -> None:
 
 
 def _match_names(saved: list[Saved], entries: list[Entry], owner: str, by_name: bool):
-    """Pair by role and path; return nothing where the file does not tell them or they cannot serve."""
+    """Pair by role and path; return None if the file lacks these, or they do not match."""
     if not all(s.role for s in saved):
         return None
     ours = {e[:2] for e in entries}
@@ -365,7 +366,7 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str, by_name: 
                 "numbered ones, which tell the order of creation, so that which is which cannot be told. Build the "
                 "optimizer with the variables in the order in which they were saved. No state was loaded."
             )
-        return None  # a model rebuilt after another one has names that are numbered on
+        return None  # a model rebuilt after another one has names with higher numbers
     files = {(s.role, aligned.get(s.path, s.path)): s for s in saved}
     if len(files) < len(saved):  # variables of one path
         pairs = _match_positions(saved, entries, owner)
@@ -406,8 +407,8 @@ def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
     if not any(s.role in MAY_LACK for s in saved) and len(saved) < len(entries):
         lacking = [(entry, _zeros(entry)) for entry in entries if entry.role in MAY_LACK]
         entries = [entry for entry in entries if entry.role not in MAY_LACK]
-    # The learning rate, if it is a state variable, stands second, and what follows it in a file of Keras's Adam is the
-    # state of a variable; so a file with one array more or less shows whether its learning rate was a schedule.
+    # Only the learning rate can be a scalar at index 1. It is there unless it was a schedule, so that a file may have
+    # one array more or less.
     has_rate = any(entry.role == "learning_rate" for entry in entries)
     if len(saved) == len(entries) + 1 and not has_rate and saved[1].value.shape == ():
         saved = [saved[0], *saved[2:]]
@@ -442,14 +443,14 @@ def _attributes(store, key: str):
 
 
 def _other_optimizer(store) -> str:
-    """Return the name of the optimizer whose state this is, if it is one that Keras gave to another kind of its own."""
+    """Return the name of the optimizer whose state this is, if Keras gives that name to another kind of optimizer."""
     name = str(getattr(getattr(store, "_h5_entry_group", None), "attrs", {}).get("name", ""))
     kind = re.sub(r"_\d+$", "", name).lower()  # Keras 3.10 calls one 'SGD'
     return name if kind in _OTHER_KINDS else ""
 
 
 def _read_attributes(store, key: str) -> dict[str, Any]:
-    """Return the attributes of an array, of which a store in several files shows only those of the open one."""
+    """Return the attributes of an array; if the store has several files, open the one that holds the array."""
     for name in getattr(store, "current_shard_filenames", []):
         if key in store._h5_entry_group:
             break
