@@ -40,7 +40,7 @@ def can_fuse(bucket: Bucket, grads: list[Any]) -> bool:
 
 
 def apart(grads: list[Any], buckets: list[Bucket]) -> list[Any]:
-    """Return the gradients, copied where their memory is that of a tensor which the update writes to."""
+    """Return the gradients; those that share memory with a tensor that the update writes to are copied."""
     starts = list(map(torch.Tensor.data_ptr, grads))
     if any(map(torch.Tensor.storage_offset, grads)):
         starts = list(map(_start, grads))
@@ -84,14 +84,16 @@ class Tensors:
         self.dtype, self.device = first.dtype, first.device
         is_half = self.dtype.itemsize < 4
         self.in_pieces = is_half or any(x.is_narrow for x in self.moments)
-        with torch.inference_mode(False):  # else it could be written to in inference mode alone
+        with torch.inference_mode(
+            False
+        ):  # a tensor of inference mode could be written to there alone
             self.step = torch.zeros((), dtype=torch.float32, device=self.device)
         self.steps = [self.step] * len(self.parameters)
         filled = [x.data_ptr() for x in self.parameters if x.numel()]
-        # The kernel walks through memory, all tensors in step, and knows one dtype at a time.
+        # The kernel goes through the memory of all tensors in parallel, and takes one dtype at a time.
         self.can_fuse = (
             self.device.type in _FUSED_DEVICES
-            # Of variables that share their tensor, each is updated from what the one before left.
+            # Variables that share a tensor must be updated one after another.
             and len(set(filled)) == len(filled)
             and all(x.can_give(torch.float32 if is_half else self.dtype) for x in self.moments)
             and all(x.dtype is self.dtype for x in self.parameters)
@@ -102,20 +104,20 @@ class Tensors:
         )
 
     def is_current(self) -> bool:
-        """Whether the variables still have the tensors that they had, which may be other Python objects now."""
-        # A parameter's memory tells: a model's `to` may leave the object and change that.
+        """Whether the variables still have the same tensors, though perhaps as other Python objects."""
+        # Compare the parameters' memory: a model's `to` may keep the object and change its memory.
         self.parameters = [v._value for v in self.variables]
         return self.pointers == list(map(torch.Tensor.data_ptr, self.parameters)) and all(
             map(operator.is_, self.state, [x._value for x in self.kept])
         )
 
     def update_whole(self, update, grads) -> None:
-        """Update what the kernel takes as it is."""
+        """Update tensors that the kernel takes as they are."""
         moments = [x.arrays for x in self.moments] + [[]] * (len(MOMENTS) - len(self.moments))
         update(self.parameters, grads, *moments, self.steps)
 
     def update_in_pieces(self, update, grads, dither) -> None:
-        """Update in float32 what is kept in fewer bits, so many elements at a time, in one piece of memory."""
+        """Update numbers that are kept in fewer bits in float32, piece by piece, each in one piece of memory."""
         name = keras.backend.standardize_dtype(self.dtype)
         is_half = self.dtype.itemsize < 4
         for cuts in self._pieces:
@@ -165,15 +167,15 @@ class _AsTheyAre:
         self.arrays = [slot.arrays[0]._value for slot in slots]
 
     def can_give(self, dtype) -> bool:
-        """Whether the kernel can have it in `dtype`."""
+        """Whether the kernel can get the moment in `dtype`."""
         return all(x.dtype is dtype for x in self.arrays)
 
     def read(self, cuts) -> list[Any]:
-        """Return some parts of the tensors, as the kernel takes them."""
+        """Return parts of the tensors, in the form that the kernel takes."""
         return _flat(self.arrays, cuts)
 
     def write(self, dither) -> None:
-        """Keep what the kernel made of the parts that were read last."""
+        """Store the kernel's results for the parts that were read last."""
 
 
 class _InHalf(_AsTheyAre):
@@ -223,7 +225,7 @@ class _InBlocks(_AsTheyAre):
         scale = self.scale_parts[0] if len(cuts) == 1 else torch.cat(self.scale_parts)
         decode = _signed_values if self.storage.signed else _positive_values
         self.wide = decode(codes, scale)
-        # Each part, and up to the end of its last block what belongs to none.
+        # Each part, and then the padding of its last block.
         pieces = self.wide.split([y for n in sizes for y in (n, -n % rule.BLOCK)])
         for rest in pieces[1::2]:
             rest.zero_()
@@ -241,7 +243,7 @@ class _InBlocks(_AsTheyAre):
 
 
 def _moments(slots) -> _AsTheyAre:
-    """Return one kind of moment of a bucket's variables, which are all kept in one way."""
+    """Return one kind of moment of a bucket's variables, which all have the same storage."""
     storage = slots[0].storage
     if isinstance(storage, InBlocks):
         return _InBlocks(slots)
@@ -249,7 +251,7 @@ def _moments(slots) -> _AsTheyAre:
 
 
 def _padded(parts):
-    """Return tensors in one, each filled up with zeros to whole blocks."""
+    """Concatenate tensors, each filled up with zeros to whole blocks."""
     if len(parts) == 1 and parts[0].numel() % rule.BLOCK == 0:
         return parts[0]
     zeros = parts[0].new_zeros(rule.BLOCK)
@@ -266,7 +268,7 @@ def _signed_values(codes, scale):
 
 
 def _signed_codes(x, dither):
-    """`rule.signed_codes`, of an `x` that may be overwritten, and the scales."""
+    """`rule.signed_codes`, and the scales; `x` is overwritten."""
     sign = x.view(torch.int32).bitwise_right_shift(24).to(torch.uint8).bitwise_and_(128)
     blocks = x.abs_().view(-1, rule.BLOCK)
     scale = _largest(blocks, 0.0)
@@ -283,7 +285,7 @@ def _positive_values(codes, scale):
 
 
 def _positive_codes(x, dither):
-    """`rule.positive_codes`, of an `x` that may be overwritten, and the scales."""
+    """`rule.positive_codes`, and the scales; `x` is overwritten."""
     blocks = x.view(-1, rule.BLOCK)
     scale = _largest(blocks, float("inf"))
     blocks.mul_(rule.inverse(scale)[:, None]).clamp_(rule.POSITIVE_LEAST, 1.0)
@@ -291,9 +293,9 @@ def _positive_codes(x, dither):
 
 
 def _largest(blocks, instead: float):
-    """`rule.largest` of blocks that are not negative; what is not finite among them becomes `instead`."""
+    """`rule.largest` of blocks that are not negative; numbers that are not finite are set to `instead`."""
     scale = blocks.amax(1)
-    # On a CPU, where nothing waits, a look at the scales saves one at all elements.
+    # On a CPU, which has no queue, a check of the scales saves one of all elements.
     if blocks.device.type != "cpu" or not scale.isfinite().all():
         scale = rule.largest(blocks)
         blocks.nan_to_num_(nan=instead, posinf=instead)
@@ -329,7 +331,7 @@ def _split(p, dtype: str, dither):
 
 def _dithered(x, dither):
     """`rule.rounded` to bfloat16, of an `x` that may be overwritten."""
-    # A NaN may carry into the sign, and become a number. A look for one costs little on a CPU, where nothing waits.
+    # The addition may carry a NaN into the sign, and make it a number. On a CPU, which has no queue, a check is cheap.
     if x.device.type != "cpu" or not x.sum().isfinite():
         return rule.rounded(x, "bfloat16", dither)
     bits = x.view(torch.int32)
