@@ -10,8 +10,8 @@ from keras import ops
 from keras_adam.groups import ParamGroup
 from keras_adam.storage import Spec, Storage
 
-# Which of a record's slots are made first: for all variables their averages, then their accumulators, then both moments
-# of one variable before those of the next, and so on. Keras's Adam makes its state in this order.
+# The order in which slots are made: first the averages of all variables, then their accumulators, then variable by
+# variable both moments, and so on. Keras's Adam makes its state in this order.
 _BUILD_ORDER = (
     ("average",),
     ("accumulator",),
@@ -24,7 +24,7 @@ _ROLES = {"accumulator": "gradient_accumulator"}  # in files, where it is not th
 
 @dataclass(eq=False)
 class Slot:
-    """A number per element of a variable: how it is kept, and the variables in which it is."""
+    """A number per element of a variable: how it is kept, and the state variables that hold it."""
 
     storage: Storage
     arrays: tuple[Any, ...]
@@ -52,16 +52,16 @@ class Slot:
 
 @dataclass(eq=False)
 class Joining:
-    """When some variables joined that came late."""
+    """When some late variables joined."""
 
     update: Any  # a scalar state variable: how many updates there had been
 
 
 @dataclass(eq=False)
 class Parameter:
-    """A variable, its group, when it joined, and what is kept of it.
+    """A variable, its group, when it joined, and its state.
 
-    A slot is None where the variable has no such state; one that is overwritten with its gradient has no moments.
+    A slot is None if the variable has no such state. A variable that is overwritten with its gradient has no moments.
     """
 
     variable: Any
@@ -75,7 +75,7 @@ class Parameter:
     accumulator: Slot | None = None
 
     def had_steps(self, updates: Any) -> bool:
-        """Whether there were updates since it joined late; `updates` is the number of all so far."""
+        """Whether there were updates since it joined late; `updates` is the number of all updates so far."""
         if self.joined is None:
             return False
         joined, now = map(ops.convert_to_numpy, (self.joined.update, updates))
@@ -83,12 +83,12 @@ class Parameter:
 
     @property
     def updated(self) -> list[Slot]:
-        """What a step changes: the value and the moments that there are, in the order of `rule.Moments`."""
+        """The slots that a step changes: the value and the existing moments, in the order of `rule.Moments`."""
         slots = (self.value, self.momentum, self.velocity, self.velocity_hat)
         return [slot for slot in slots if slot is not None]
 
     def array(self, name: str) -> Any:
-        """Return a slot's first state variable, or None; a model's variable itself is none."""
+        """Return a slot's first state variable, or None; a model's variable itself does not count."""
         slot = getattr(self, name)
         arrays = () if slot is None else slot.arrays[name == "value" :]
         return arrays[0] if arrays else None
@@ -115,7 +115,7 @@ class Parameters:
     Args:
         key_of: Function that tells variables apart.
         add: Function `(variable, spec) -> state variable` that makes state.
-        add_start: Function `(number, update) -> state variable` that makes the scalar of those that join late.
+        add_start: Function `(number, update) -> state variable` that makes the scalar of late variables.
     """
 
     key_of: Callable[[Any], Any]
@@ -146,7 +146,7 @@ class Parameters:
         return [p.variable for p in self.records]
 
     def create(self, plans: list[tuple[Any, ParamGroup, dict[str, Storage]]], update: int) -> None:
-        """Make the records of new variables, each given with its group and the storage of each of its slots.
+        """Make records; each plan is a new variable, its group, and a storage for each of its slots.
 
         They join at `update`, 0 being the beginning.
         """
@@ -171,14 +171,14 @@ class Parameters:
         self._reindex()
 
     def put_first(self, variables: list[Any]) -> None:
-        """Put the records of `variables` first, in this order: Keras's JAX trainer hands over values in its model's."""
+        """Put the records of `variables` first, in this order, in which Keras's JAX trainer passes values."""
         first = {self.key_of(v): self[v] for v in variables}
         rest = [p for p in self.records if self.key_of(p.variable) not in first]
         self.records = [*first.values(), *rest]
         self._reindex()
 
     def in_build_order(self) -> Iterator[tuple[Parameter, str, Any]]:
-        """Give each state variable, as an optimizer built anew would make them, with its record and role."""
+        """Yield each state variable with its record and role, in the order of an optimizer that is built anew."""
         for names in _BUILD_ORDER:
             for p in self.records:
                 yield from ((p, role, array) for role, array in p.state(names))
@@ -190,21 +190,21 @@ class Parameters:
     # Late variables
 
     def joined_at(self, updates: list[int]) -> tuple[list[int], list[int | None]]:
-        """Return at which updates some join late, and for each record which of these is its own.
+        """Return the updates at which variables join late, and each record's place among these.
 
-        `updates` tells at which update each record joined. One without moments has nothing that depends on it.
+        `updates` holds the update at which each record joined. It does not matter for a record without moments.
         """
         of_each = [u if p.momentum else 0 for u, p in zip(updates, self.records, strict=True)]
         values = sorted(set(of_each) - {0})
         return values, [values.index(u) if u else None for u in of_each]
 
     def joinings_of(self) -> list[int | None]:
-        """Return for each record which of `joinings` is its own."""
+        """Return each record's place in `joinings`, or None."""
         places = {joining: i for i, joining in enumerate(self.joinings)}
         return [None if p.joined is None else places[p.joined] for p in self.records]
 
     def set_joined(self, updates: list[int]) -> None:
-        """Let each record have joined at the update given, 0 being the beginning."""
+        """Set the update at which each record joined; 0 is the beginning."""
         values, of_each = self.joined_at(updates)
         while len(self.joinings) < len(values):
             self._new_joining(0)
