@@ -17,7 +17,7 @@ from keras import ops
 from keras_adam.bits import root, view, with_derivative_of
 from keras_adam.tensors import compute_dtype
 
-# The greatest number of each dtype whose square is finite, less a little for what rounding may add.
+# The greatest number of each dtype whose square is finite, minus a margin for rounding.
 _ROOTS = {"float32": (1 - 2.0**-20) * 2.0**64, "float64": (1 - 2.0**-20) * 2.0**512}
 
 Tensor = Any  # a tensor of the active backend, or a Python float
@@ -33,7 +33,7 @@ class Options(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What one step needs besides tensors of the parameter's shape; the same for all the parameters of a group."""
+    """The scalars of one step, the same for all parameters of a group."""
 
     rate_1: Tensor  # 1 - beta_1
     rate_2: Tensor  # 1 - beta_2
@@ -57,10 +57,10 @@ def complement(beta: Tensor) -> Tensor:
 
 
 def representable(rate: Tensor, dtype: str) -> Tensor:
-    """Return the rate that is left of `rate` for a kernel that takes beta in `dtype`: float32 has no 0.999.
+    """Return `1 - beta` after rounding beta to `dtype`, for a kernel that takes beta: float32 has no 0.999.
 
-    With bias corrections for this rate, such a kernel is exact for a beta that is off by 1e-8; with those for the rate
-    meant, its second moment and its correction would disagree by 1e-5.
+    With bias corrections for this rate, the kernel is exact for a beta that is off by 1e-8. With corrections for the
+    unrounded rate, its second moment and its correction would disagree by 1e-5.
     """
     return complement(ops.cast(complement(rate), dtype))
 
@@ -68,14 +68,14 @@ def representable(rate: Tensor, dtype: str) -> Tensor:
 def bias_correction(rate: Tensor, t: Tensor) -> Tensor:
     """Return `1 - beta^t`, given `rate = 1 - beta`.
 
-    Through `log1p` and `expm1`: in float32, `1 - 0.999**1` is wrong in the fifth digit, as the subtraction cancels.
+    It uses `log1p` and `expm1`: in float32, `1 - 0.999**1` is wrong in the fifth digit, as the subtraction cancels.
     """
     log_beta = ops.log1p(-ops.convert_to_tensor(rate, dtype=t.dtype))
     return -ops.expm1(t * log_beta)
 
 
 def epsilon_of_algorithm_1(epsilon: float, beta_2: float, t: int) -> float:
-    """Return the epsilon that, added after the bias correction, does what `epsilon` does before it at step `t`."""
+    """Return Algorithm 1's epsilon for step `t`, given the epsilon-hat that is added before the bias correction."""
     return epsilon / (1 - beta_2**t) ** 0.5
 
 
@@ -121,10 +121,10 @@ def prepare(g: Tensor, p: Tensor, scalars: Scalars, options: Options) -> tuple[T
 
 
 def bounded(g: Tensor) -> Tensor:
-    """Return a finite gradient as no greater than what can be squared: 1.8e19 in float32.
+    """Return a gradient with finite elements limited to what can be squared: 1.8e19 in float32.
 
-    Above it the square, then `v`, would be infinite, and at the next step infinity less infinity. An infinite gradient
-    stays one: the step shows it.
+    Beyond that, the square and `v` would be infinite, and the next step would subtract infinity from infinity. An
+    infinite element stays infinite, so that the step shows it.
     """
     largest = _ROOTS[keras.backend.standardize_dtype(g.dtype)]
     return where(ops.isfinite(g), ops.clip(g, -largest, largest), g)
@@ -144,16 +144,16 @@ def adam_step(
     return p, Moments(m, v, s)
 
 
-# Half precision: a parameter of 8 or 11 bits is kept together with what rounding took from it.
+# Half precision: a parameter of 8 or 11 bits is kept with a second number, which is what rounding took from it.
 
 DROPPED = {
     "bfloat16": 16,
     "float16": 13,
 }  # bits of float32's significand that the dtype does not have
-# Of what rounding took, so much must still round to the same value, or the value was set from outside.
+# The value plus this share of what rounding took must round to the value; otherwise it was set from outside.
 FITTING = 0.99
 _SMALLEST = 2.0**-24  # spacing of float16 below its smallest normal number, 2^-14
-# What rounding takes is kept times this: what it takes from a small float16 would be too small for another one.
+# What rounding takes is stored times this: what it takes from a small float16 is too small for a float16.
 _MAGNIFIED = {"bfloat16": 1, "float16": 2**11}
 DITHERS = 10946
 
@@ -161,10 +161,10 @@ DITHERS = 10946
 def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
     """Return the float32 `x` with the precision of `dtype`, still as float32: to nearest, ties to even.
 
-    With `dither`, a number in [0, 1) that takes all values equally often, it goes up as often as `x` is near the upper
-    neighbour, so that steps smaller than the spacing add up on average.
+    With `dither`, a number in [0, 1) that takes all values equally often, it is rounded up or down so that the error is
+    zero on average. So steps smaller than the spacing add up.
 
-    By integer arithmetic: compilers take a cast there and back for nothing. On JAX its derivative is 1, as a cast's is.
+    It uses integer arithmetic, as compilers may drop a cast there and back. On JAX its derivative is 1, like a cast's.
     """
     drop = DROPPED[dtype]
     bits = view(x, "int32")
@@ -192,7 +192,7 @@ SIGNED_ZERO, SIGNED_LAST = 2.0**-15, 1.875 - 2.0**-15
 # 2^19 below 1.0. No code is zero: a `v` of 0 beside an `m` that is not would divide by epsilon.
 POSITIVE_DROP, POSITIVE_FIRST = 19, (127 << 23) - (255 << 19)
 POSITIVE_LEAST = (1 + 1 / 16) * 2.0**-16
-# What a scale may be: outside, it or its inverse is not a normal float32. A block of less counts as zero.
+# The range of a scale: outside, it or its inverse is not a normal float32. A block below it counts as zero.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
 
 
@@ -231,7 +231,7 @@ def signed_values(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def positive_codes(x: Tensor, scale: Tensor, dither: Tensor) -> Tensor:
-    """Return the codes of second moments, as `signed_codes` does; what is not finite counts as the block's largest."""
+    """Return second moments' codes, as `signed_codes` does; a number that is not finite counts as the largest."""
     relative = where(ops.isfinite(x), x * inverse(scale), ops.ones_like(x))
     relative = ops.clip(relative, POSITIVE_LEAST, 1.0)
     return _steps(relative, POSITIVE_FIRST, POSITIVE_DROP, dither)
@@ -261,19 +261,19 @@ def norm(values: list[Tensor]) -> Tensor:
 
 
 def clipped_to_norm(g: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
-    """Return a gradient, scaled down if `norm`, which it is a part of, is above `limit`."""
+    """Return a gradient, scaled down if `norm`, its own or that of all gradients, is above `limit`."""
     limit = ops.convert_to_tensor(limit, norm.dtype)
     return g * ops.cast(limit / maximum(limit, norm), g.dtype)
 
 
 def moving_average(average: Tensor, p: Tensor, momentum: Tensor, started: Tensor) -> Tensor:
-    """Return the exponential moving average after `p`; the first `p`, before which it has not `started`, sets it."""
+    """Return the exponential moving average after `p`; if it has not `started` before, `p` itself."""
     keep = ops.cast(started, average.dtype) * momentum
     return keep * average + complement(keep) * p
 
 
 def dither(t: Tensor) -> Tensor:
-    """Return the `t`-th of `DITHERS` numbers in [0, 1), any run of which is spread evenly.
+    """Return the `t`-th of `DITHERS` numbers in [0, 1); any run of them is spread evenly.
 
     They are multiples of the golden ratio modulo 1, from two neighbouring Fibonacci numbers.
     """
@@ -283,7 +283,7 @@ def dither(t: Tensor) -> Tensor:
 def joined(p: Tensor, lost: Tensor, dtype: str) -> Tensor:
     """Return the parameter with what rounding to `dtype` took from it; both as float32, and as `split` gave them.
 
-    If `lost` is more than rounding can have taken, `p` has been set to something else since, and stands alone.
+    A `lost` that is too large means that `p` was overwritten; it is ignored.
     """
     lost = lost / _MAGNIFIED[dtype]
     fits = rounded(p + FITTING * lost, dtype) == p
@@ -297,7 +297,7 @@ def split(p: Tensor, dtype: str, dither: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Return `ops.where` of two tensors of one shape, and a condition of that shape or a scalar, of any number of axes.
+    """Return `ops.where` of two tensors of one shape; the condition is of that shape or a scalar.
 
     TensorFlow's own takes eight axes at most.
     """
@@ -318,12 +318,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _average(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
-    """Move `old` towards `new` by `rate` of the distance, from the nearer end: with beta = 0 the result is `new`."""
+    """Move `old` towards `new` by `rate` of the distance. It starts from the nearer end: with beta = 0 it is `new`."""
     if isinstance(rate, int | float):
         return new - complement(rate) * (new - old) if rate > 0.5 else old + rate * (new - old)
     return where(rate > 0.5, new - complement(rate) * (new - old), old + rate * (new - old))
 
 
 def _scalar(x: Tensor, dtype: str) -> Tensor:
-    # A Python number stays one: it becomes a constant of a compiled step, and has all its 53 bits until then.
+    # A Python number stays a Python number: a compiled step makes it a constant, and until then it has all its 53 bits.
     return x if x is None or isinstance(x, int | float) else ops.cast(x, dtype)
