@@ -41,7 +41,7 @@ class State(optimizer_base()):  # type: ignore[misc]
     built: bool
     iterations: Any
 
-    # Set past Keras's tracking, which would take the model's variables among them for state of the optimizer.
+    # Set without Keras's tracking, which would add the model's variables in them to the optimizer's state.
     _groups: list[ParamGroup]
     _default_group: ParamGroup
     _views: GroupViews
@@ -71,7 +71,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             _parameters=Parameters(self._var_key, self._add_slot, self._add_start),
             _loading=Loading(self),
             _trace=Trace(),
-            _verified_lists=set(),  # of variables, by identity, that hold no unknown one and none twice
+            _verified_lists=set(),  # lists of variables, by identity, without unknown ones and duplicates
             _spec=None,
         )
         self.__dict__["_engine"] = _ENGINE(self, self._parameters, self._trace)
@@ -139,7 +139,9 @@ class State(optimizer_base()):  # type: ignore[misc]
             self._create_state(named, [group] * len(named))
             self._show_keras()
             self.__dict__["_trainable_variables"] = [*self._trainable_variables, *named]
-        self.built = False  # so that the next `fit` builds again, and tells the order of the model's variables
+        self.built = (
+            False  # so that the next `fit` builds again, in the order of the model's variables
+        )
 
     # ---------------------------------------------------------------------------------------------------------------
     # Building
@@ -151,7 +153,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         then selects, and leaves all other state as it is.
 
         Raises:
-            ValueError: If a parameter group selects no variable, a variable stands twice or is not of a floating
+            ValueError: If a parameter group selects no variable, a variable is given twice or is not of a floating
                 dtype, or, in a later call, no group was added for a new variable.
         """
         with keras_private.without_autocast():
@@ -169,7 +171,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             chosen = groups.assign(self._selecting_groups(), self._default_group, variables)
             self._create_state(variables, chosen)
         self._reorder(variables)
-        # Built for no variable, as when all are frozen, it is not built: the next `fit` builds it for what is trained.
+        # Without any variable, as when all are frozen, it stays unbuilt, so that the next `fit` builds it.
         self.built = bool(self._parameters)
         with self._engine.outside_graph():
             self._loading.load_pending()
@@ -234,7 +236,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         return self._skipped_steps
 
     def _storage_of(self, variable, group: ParamGroup) -> dict[str, Storage]:
-        """Return how each kind of state is kept that a variable of the group has."""
+        """Return the storage of each kind of state that a variable of the group has."""
         own, wide = keras.backend.standardize_dtype(variable.dtype), compute_dtype(variable.dtype)
         plan: dict[str, Storage] = {"value": storage.for_variable(own, self.kahan_sum)}
         if self.gradient_accumulation_steps:
@@ -264,7 +266,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             self._spec = None
 
     def state_size(self, variables=None) -> dict[str, int]:
-        """Return how many bytes of state each variable has, or would have; `sum(sizes.values())` is that of all.
+        """Return the bytes of state that each variable has, or would have; `sum(sizes.values())` is the total.
 
         Scalars, such as the count of iterations, are not counted.
 
@@ -303,7 +305,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         return sizes
 
     def _add_start(self, number: int, update: int):
-        """Add the state variable that tells at which update some variables joined."""
+        """Add the state variable that holds the update at which some variables joined."""
         return self.add_variable(
             (),
             keras.initializers.Constant(update),
@@ -313,7 +315,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         )
 
     def _store_numbers(self) -> None:
-        """Keep the groups' numbers in variables, unless there is the default group alone, as in Keras."""
+        """Keep the groups' numbers in state variables; without groups there are none, as in Keras."""
         if not self._has_groups:
             return
         wide = any(compute_dtype(v.dtype) == "float64" for v in self._parameters.variables)
@@ -331,7 +333,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         self._engine.track(self._default_group.stored, "hyperparameters")
 
     def _reorder(self, variables) -> None:
-        """Put `variables` first: Keras's JAX trainer hands over values in its model's order."""
+        """Put `variables` first, in the model's order, in which Keras's JAX trainer passes values."""
         self._parameters.put_first(variables)
         self._show_keras()
         self.__dict__["_trainable_variables"] = list(variables)
@@ -365,7 +367,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         )
 
     def _own_optimizer(self) -> str:
-        """Return the advice for who gives one optimizer to two models."""
+        """Return the advice for users who give one optimizer to two models."""
         return (
             "If this is another model, give it an optimizer of its own: "
             f"`{type(self).__name__}.from_config(optimizer.get_config())`."
@@ -383,7 +385,7 @@ class State(optimizer_base()):  # type: ignore[misc]
     def load_own_variables(self, store) -> None:
         """Read the state from a store of `keras.saving`; before `build`, it is kept until then.
 
-        A store without any array is that of a model that had no optimizer: the state stays, with a warning.
+        A store without arrays comes from a model without an optimizer: the state stays as it is, with a warning.
 
         Raises:
             ValueError: If what is stored does not fit; then nothing is assigned.
@@ -401,7 +403,7 @@ class State(optimizer_base()):  # type: ignore[misc]
 
 
 def check_given_once(variables) -> None:
-    """Raise a ValueError if a variable stands twice in a list."""
+    """Raise a ValueError if a list holds a variable twice."""
     seen = set()
     for variable in variables:
         if id(variable) in seen:
