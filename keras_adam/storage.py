@@ -1,7 +1,7 @@
 """How a number per element is kept between steps: as it is, dithered in fewer bits, in two parts, or in blocks.
 
-A `Storage` says which arrays it needs, makes the number from them, and them from the number. It knows no variable, no
-backend and no optimizer. The equations of rounding stand in `keras_adam.rule`.
+A `Storage` says which arrays it needs, reads numbers from them, and writes numbers to them. It knows no variable, no
+backend and no optimizer. The equations of rounding are in `keras_adam.rule`.
 """
 
 import math
@@ -18,7 +18,7 @@ from keras_adam.tensors import compute_dtype
 Tensor = Any
 HALF = ("bfloat16", "float16")
 STATE_DTYPES = (None, "float32", "bfloat16", "8bit")
-MOMENTS = ("momentum", "velocity", "velocity_hat")  # of which each may be kept in blocks
+MOMENTS = ("momentum", "velocity", "velocity_hat")  # each may be kept in blocks
 SCALE = "_scale"  # the end of the role of the scales of blocks
 _BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 _LEAST_IN_8_BITS = 4096  # elements of a variable
@@ -38,13 +38,13 @@ class Spec(NamedTuple):
 
 
 class Storage(ABC):
-    """One way to keep a number per element; equal ones are the same way, and a compiled call may hold one."""
+    """One way to keep a number per element; hashable, so that it can be a constant of a compiled call."""
 
     dithers = False  # whether `write` needs a dither
 
     @abstractmethod
     def specs(self, role: str, shape: tuple[int, ...]) -> list[Spec]:
-        """Return the state variables that it needs for numbers of this role, of a variable of `shape`."""
+        """Return the state variables needed for numbers of this role and of a variable of `shape`."""
 
     @abstractmethod
     def read(self, arrays: list[Tensor], dtype: str) -> Tensor:
@@ -52,15 +52,15 @@ class Storage(ABC):
 
     @abstractmethod
     def write(self, value: Tensor, dither: Tensor | None) -> list[Tensor]:
-        """Return what the arrays are to hold, in their dtypes."""
+        """Return the new values of the arrays, in their dtypes."""
 
     def numbers(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """Return what `read` does, in float32, from arrays of NumPy."""
+        """Do what `read` does, in float32, with arrays of NumPy."""
         tensors = [ops.convert_to_tensor(x) for x in arrays]
         return ops.convert_to_numpy(self.read(tensors, "float32"))
 
     def arrays_of(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """Return what `write` does, rounded to nearest, as arrays of NumPy."""
+        """Do what `write` does, rounding to nearest, with arrays of NumPy."""
         parts = self.write(ops.convert_to_tensor(numbers, "float32"), None)
         return [ops.convert_to_numpy(x) for x in parts]
 
@@ -90,7 +90,7 @@ class AsItIs(Storage):
 
 @dataclass(frozen=True)
 class Dithered(AsItIs):
-    """One array of half precision, rounded up as often as the number is near the upper neighbour."""
+    """One array of half precision, rounded up or down so that the error is zero on average."""
 
     dithers = True
 
@@ -101,7 +101,7 @@ class Dithered(AsItIs):
 
 @dataclass(frozen=True)
 class Uncompensated(AsItIs):
-    """A model's variable itself, which is no state of the optimizer."""
+    """A model's variable itself, without any state of the optimizer."""
 
     def specs(self, role: str, shape: tuple[int, ...]) -> list[Spec]:
         return []
@@ -131,8 +131,8 @@ class InBlocks(Storage):
 
     Args:
         signed: Whether the numbers may be negative, as first moments may; second moments have codes without a zero.
-        dithers: Whether a number goes up as often as it is near the upper neighbour. Else it goes to the nearest.
-        by_row: Whether no block goes beyond one index of the first axis, so that rows can be read and written alone.
+        dithers: Whether numbers are rounded up or down so that the error is zero on average, not to nearest.
+        by_row: Whether each block is within one index of the first axis, so that rows can be read and written alone.
     """
 
     signed: bool
@@ -161,7 +161,7 @@ class InBlocks(Storage):
         return [self._joined(ops.cast(codes, "uint8"), value), scale]
 
     def _blocks_of(self, x: Tensor) -> Tensor:
-        """Return the elements in blocks, the last axis; the last block of all, or of a row, ends with zeros."""
+        """Return the elements in blocks, the last axis; the last block, or each row's last, is filled with zeros."""
         size = math.prod(x.shape[1:] if self.by_row else x.shape)
         x = ops.reshape(x, (-1, size) if self.by_row else (size,))
         missing = -size % rule.BLOCK
@@ -189,10 +189,10 @@ def for_moment(
 
     Args:
         state_dtype: One of `STATE_DTYPES`.
-        variable: The variable, of which dtype and shape count.
+        variable: The variable; its dtype and shape decide.
         signed: Whether it is a first moment.
         dithers: Whether 8 bits are dithered. Defaults to `True`.
-        by_row: Whether some rows are to be read and written alone. Defaults to `False`.
+        by_row: Whether rows are read and written alone. Defaults to `False`.
     """
     wide, shape = compute_dtype(variable.dtype), tuple(variable.shape)
     if state_dtype != "8bit":
