@@ -207,7 +207,7 @@ class ParamGroup:
         return {**IMPLEMENTATION, **self.default._implementation, **self._implementation}
 
     def set_implementation(self, choices: Mapping[str, Any]) -> None:
-        """Set some of the choices, checked beside the others."""
+        """Set some of the choices, checked together with the others."""
         check_implementation({**self.implementation(), **choices})
         self._implementation |= check_implementation(choices)
 

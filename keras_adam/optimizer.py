@@ -434,7 +434,7 @@ class AdamW(Adam):
     def with_torch_arguments(
         cls, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, amsgrad=False, **options
     ):
-        """Return an optimizer that computes what `torch.optim.AdamW` does; the arguments are those of `Adam`.
+        """Return an optimizer that computes what `torch.optim.AdamW` does; it takes the arguments of `Adam`'s method.
 
         The defaults are PyTorch's for AdamW: `weight_decay=0.01`, and `decoupled_weight_decay=True`.
         """
@@ -469,7 +469,7 @@ def _unset_learning_rate() -> float:
 
 
 def _deserialize(config: dict[str, Any], names, custom_objects) -> dict[str, Any]:
-    """Return a copy in which those of the named values that are schedules or callables are objects again."""
+    """Return a copy in which schedules and callables among the named values are objects again."""
     return {
         name: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
         if name in names and isinstance(value, dict)

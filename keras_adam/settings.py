@@ -46,7 +46,7 @@ class Setting:
         if self.makes_state and optimizer._parameters:
             why = "decides which state variables there are, and the optimizer is built"
             instead = (
-                "Make a new optimizer, which begins anew: "
+                "Make a new optimizer, without the state: "
                 f"`type(optimizer).from_config({{**optimizer.get_config(), '{name}': {value!r}}})`"
             )
         elif optimizer._trace.is_traced:

@@ -235,7 +235,7 @@ def _kind(path: str) -> str | None:
 
 
 def _ranked(paths: Sequence[str]) -> list[tuple[tuple[str, int], ...]]:
-    """Replace each number of a layer by its rank among those of its name; a layer without one has the number 0."""
+    """Replace each layer's number by its rank among layers of the same name; a layer without a number has 0."""
     numbered = [_numbered(path) for path in paths]
     ranked: list[tuple[tuple[str, int], ...]] = [()] * len(numbered)
     for depth in range(max(map(len, numbered), default=0)):

@@ -311,7 +311,7 @@ class TorchEngine(Engine):
 
 
 def _tensor_of(variable: Variable) -> Any:
-    """Return a variable's value; its property takes a microsecond where there is no scope to be asked."""
+    """Return a variable's value; outside of scopes, without its property, which takes a microsecond."""
     return variable.value if in_stateless_scope() else variable._value
 
 
