@@ -163,17 +163,17 @@ class ParamGroup:
             compiling: Whether what is read here is frozen into a compiled step.
             for_kernel: Whether the update is done by a kernel that takes the betas in `dtype`. Defaults to `False`.
         """
-        now = self._now(iterations, dtype, compiling)
+        numbers = self._numbers_in_step(iterations, dtype, compiling)
         if self.stored is None:
-            rate, factor = now["learning_rate"], now["learning_rate_multiplier"]
+            rate, factor = numbers["learning_rate"], numbers["learning_rate_multiplier"]
             if rate is None:
                 rate = learning_rate if factor == 1 else ops.cast(learning_rate, dtype) * factor
         elif hyperparameters.is_dynamic(self._given["learning_rate"]):
-            rate = now["learning_rate"]
+            rate = numbers["learning_rate"]
         else:
-            following = ops.cast(learning_rate, dtype) * now["learning_rate_multiplier"]
-            rate = ops.where(now["learning_rate"] < 0, following, now["learning_rate"])
-        rates = [now["beta_1"], now["beta_2"]]
+            following = ops.cast(learning_rate, dtype) * numbers["learning_rate_multiplier"]
+            rate = ops.where(numbers["learning_rate"] < 0, following, numbers["learning_rate"])
+        rates = [numbers["beta_1"], numbers["beta_2"]]
         if for_kernel:
             rates = [rule.representable(rate_, dtype) for rate_ in rates]
         return compute(
@@ -181,24 +181,24 @@ class ParamGroup:
             learning_rate=rate,
             rate_1=rates[0],
             rate_2=rates[1],
-            epsilon=now["epsilon"],
-            weight_decay=now["weight_decay"],
+            epsilon=numbers["epsilon"],
+            weight_decay=numbers["weight_decay"],
             t=t,
             dtype=dtype,
         )
 
-    def _now(self, iterations, dtype: str, compiling: bool) -> dict[str, Any]:
+    def _numbers_in_step(self, iterations, dtype: str, compiling: bool) -> dict[str, Any]:
         """Return each number's value in this step, the betas as their complements."""
         if compiling:
             self.is_constant = self.stored is None
-        now = {}
+        numbers = {}
         for i, (name, given) in enumerate(self._given.items()):
             if self.stored is not None and not hyperparameters.is_dynamic(given):
-                now[name] = ops.cast(self.stored[i], dtype)
+                numbers[name] = ops.cast(self.stored[i], dtype)
                 continue
             value = hyperparameters.resolve(name, given, iterations, compiling)
-            now[name] = rule.complement(value) if name in _STORED_AS_COMPLEMENT else value
-        return now
+            numbers[name] = rule.complement(value) if name in _STORED_AS_COMPLEMENT else value
+        return numbers
 
     # PyTorch's choices of an implementation
 
