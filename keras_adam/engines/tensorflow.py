@@ -31,7 +31,8 @@ class TensorFlowEngine(Engine):
                 "`apply` must be called in a replica context, through `strategy.run(...)`: only there it is known to "
                 "which replica `grads` belong."
             )
-        step(grads, variables, config)
+        # As TensorFlow treats Keras's optimizers: AutoGraph would take as long as all the rest of tracing.
+        tf.autograph.experimental.do_not_convert(step)(grads, variables, config)
 
     def is_compiling(self) -> bool:
         return not tf.executing_eagerly()
