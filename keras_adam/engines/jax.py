@@ -50,6 +50,7 @@ class JaxEngine(Engine):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.compiled: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # eager steps, as wholes
+        self._is_taken: Tensor = None  # in a branch that is being traced: whether it is taken
         self._times_seen: dict[int, int] = {}  # the other kinds of eager step, by hash
 
     # An eager step: operation by operation it would take a hundred times as long as one compiled call.
@@ -175,9 +176,13 @@ class JaxEngine(Engine):
         variables = [v for some in self._changing(self.in_step) for v in some]
 
         def body(carry):
-            _, values = carry
-            with keras.StatelessScope(zip(variables, values, strict=True)) as scope:
-                act()
+            is_taken, values = carry
+            outer, self._is_taken = self._is_taken, is_taken
+            try:
+                with keras.StatelessScope(zip(variables, values, strict=True)) as scope:
+                    act()
+            finally:
+                self._is_taken = outer
             return False, [scope.get_current_value(v) for v in variables]
 
         # A loop that runs zero times or once: unlike `lax.cond`, it works in place on CPU, where `cond` copies every
@@ -188,6 +193,17 @@ class JaxEngine(Engine):
             # The loop may return a value in another layout than it was assigned in.
             is_spread = self.optimizer.shard_state
             variable.assign(_laid_out_like(variable, value) if is_spread else value)
+
+    def reset(self, accumulators: list[Variable]) -> None:
+        if self._is_taken is None:
+            super().reset(accumulators)
+            return
+        # Within a branch XLA copies an accumulator that is read and then set to a constant. It does not know that the
+        # branch is taken; so it computes these zeros in the accumulator's own memory.
+        for accumulator in accumulators:
+            old = value_of(accumulator)
+            zeros = jax.numpy.where(self._is_taken, jax.numpy.zeros_like(old), old)
+            self.optimizer.assign(accumulator, zeros)
 
     # The update of an eager step that is not compiled as a whole: alike variables in pieces.
 
