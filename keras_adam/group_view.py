@@ -37,6 +37,8 @@ class GroupView(Mapping):
             return self["beta_1"], self["beta_2"]
         if name in rule.Options._fields:
             return getattr(group.options, name)
+        if name == "state_dtype":
+            return self._optimizer._state_dtype_of(group)
         value = group.own(name)
         if name == "learning_rate" and value is None:
             return self._optimizer.learning_rate_number() * group.own("learning_rate_multiplier")
@@ -83,10 +85,10 @@ class GroupView(Mapping):
             self[name] = value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("params", *NUMERIC, *rule.Options._fields))
+        return iter(("params", *NUMERIC, *rule.Options._fields, "state_dtype"))
 
     def __len__(self) -> int:
-        return 1 + len(NUMERIC) + len(rule.Options._fields)
+        return len(list(self))
 
     def __eq__(self, other) -> bool:
         return self is other
@@ -102,6 +104,8 @@ class GroupView(Mapping):
             value = group.readable(name)
             if value != usual(name):
                 values[name] = hyperparameters.shown(value)
+        if not group.is_default and self["state_dtype"] != self._optimizer.state_dtype:
+            values["state_dtype"] = hyperparameters.shown(self["state_dtype"])
         selected = "the others" if group.is_default else selection.shown(group.selector)
         count = len(group.variables)
         members = (

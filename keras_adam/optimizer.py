@@ -42,6 +42,13 @@ class _SkipNonfinite(Setting):
         optimizer._count_skipped_steps()
 
 
+class _Lazy(Setting):
+    """The option that decides, of state in 8 bits, whether a block may go beyond a row."""
+
+    def decides_state(self, optimizer):
+        return any(optimizer._state_dtype_of(group) == "8bit" for group in optimizer._groups)
+
+
 @keras.saving.register_keras_serializable("keras_adam")
 class Adam(TorchVocabulary, KerasVocabulary):
     """Adam: a drop-in for `keras.optimizers.Adam` with the options of `torch.optim.Adam`.
@@ -151,7 +158,7 @@ class Adam(TorchVocabulary, KerasVocabulary):
     state_dtype = Setting(settings.one_of(*STATE_DTYPES), makes_state=True)
     kahan_sum = Setting(settings.one_of(None, True, False), makes_state=True)
     skip_nonfinite = _SkipNonfinite(settings.one_of(True, False))
-    lazy = Setting(settings.one_of(True, False))
+    lazy = _Lazy(settings.one_of(True, False))
     shard_state = Setting(settings.one_of(True, False), makes_state=True)
 
     @argument_hints.variables_come_later

@@ -41,9 +41,13 @@ class Setting:
         values[name] = value
         values.pop("_step_config", None)
 
+    def decides_state(self, optimizer) -> bool:
+        """Whether the option decides which state variables this optimizer has."""
+        return self.makes_state
+
     def _check_can_change(self, optimizer, value) -> None:
         name = self.name
-        if self.makes_state and optimizer._parameters:
+        if self.decides_state(optimizer) and optimizer._parameters:
             why = "decides which state variables there are, and the optimizer is built"
             instead = (
                 "Make a new optimizer, without the state: "

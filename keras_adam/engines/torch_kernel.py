@@ -207,10 +207,8 @@ class _InBlocks(_AsTheyAre):
         self.scales = [slot.arrays[1]._value for slot in slots]
 
     def can_give(self, dtype) -> bool:
-        # A row may end in the middle of a block.
-        pairs = zip(self.arrays, self.scales, strict=True)
-        is_plain = all(
-            x.numel() <= rule.BLOCK * scale.numel() < x.numel() + rule.BLOCK for x, scale in pairs
+        is_plain = not self.storage.by_row or all(
+            x[0].numel() % rule.BLOCK == 0 for x in self.arrays
         )
         return dtype is torch.float32 and is_plain
 
