@@ -15,6 +15,8 @@ from keras_adam.groups import (
 )
 from keras_adam.paths import path_of
 
+_NAMES = ("params", *NUMERIC, *rule.Options._fields, "state_dtype")
+
 
 class GroupView(Mapping):
     """The hyperparameters that some variables share; a mapping in which the numeric ones can be set.
@@ -85,10 +87,10 @@ class GroupView(Mapping):
             self[name] = value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("params", *NUMERIC, *rule.Options._fields, "state_dtype"))
+        return iter(_NAMES)
 
     def __len__(self) -> int:
-        return len(list(self))
+        return len(_NAMES)
 
     def __eq__(self, other) -> bool:
         return self is other

@@ -44,7 +44,7 @@ WRONG = {
     "ema_momentum": [-0.1, 1.1, None, "half"],
     "ema_overwrite_frequency": [0, -1, 1.5, True],
     "gradient_accumulation_steps": [0, 1, 2.0],
-    "state_dtype": ["float16", 32],
+    "state_dtype": ["float16", "8-bit", 32],
     "kahan_sum": ["no", 0],
     "skip_nonfinite": [None, 1, "yes"],
     "lazy": [None, 1, "yes"],

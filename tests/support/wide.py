@@ -1,5 +1,8 @@
 """A model with layers large enough for state in 8 bits, and its training."""
 
+import pathlib
+import sys
+
 import keras
 import numpy as np
 
@@ -66,3 +69,37 @@ def distance(actual, desired, starts):
     away = sum(np.sum((a - b) ** 2) for a, b in zip(actual, desired, strict=True))
     moved = sum(np.sum((b - s) ** 2) for b, s in zip(desired, starts, strict=True))
     return np.sqrt(away / moved)
+
+
+def save(folder, name, model):
+    """Write the model, its state and its weights, and what another epoch makes of these."""
+    model.save(folder / f"{name}.keras")
+    before = all_of(model)
+    np.savez(folder / f"{name}.npz", *before)
+    np.savez(folder / f"{name}-later.npz", *fit(model).get_weights())
+
+
+def check_resumed(folder, name):
+    """Load what any backend wrote: the same bits, and another epoch that ends where it ended there."""
+    model = keras.saving.load_model(folder / f"{name}.keras")
+    model.jit_compile = keras.backend.backend() == "jax"  # a file holds what "auto" came to
+    with np.load(folder / f"{name}.npz") as saved:
+        arrays = [saved[key] for key in saved.files]
+    found = all_of(model)
+    # One backend counts in int64, another in int32.
+    assert_same_bits(
+        [x for x in found if x.dtype.kind != "i"], [x for x in arrays if x.dtype.kind != "i"]
+    )
+    assert [int(x) for x in found if x.dtype.kind == "i"] == [
+        int(x) for x in arrays if x.dtype.kind == "i"
+    ]
+    before = model.get_weights()
+    with np.load(folder / f"{name}-later.npz") as saved:
+        later = [saved[key] for key in saved.files]
+    assert distance(fit(model).get_weights(), later, before) < 0.03
+
+
+if __name__ == "__main__":  # `python -m support.wide FOLDER`
+    for path in sorted(pathlib.Path(sys.argv[1]).glob("*.keras")):
+        check_resumed(path.parent, path.stem)
+        print("resumed", path.stem)
