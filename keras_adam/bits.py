@@ -19,6 +19,16 @@ def view(x: Any, dtype: str) -> Any:
     return x.view(dtype)
 
 
+def greatest(x: Any) -> Any:
+    """Return the greatest along the last axis, also of a tensor without elements, which Keras refuses."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.reduce_max(x, axis=-1)
+    return x.amax(-1) if backend == "torch" else x.max(-1)
+
+
 def _root():
     """Return the active backend's square root; on JAX and TensorFlow, with the derivative 0 at 0.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_adam.bits import root, view, with_derivative_of
+from keras_adam.bits import greatest, root, view, with_derivative_of
 from keras_adam.tensors import compute_dtype
 
 # The greatest number of each dtype whose square is finite, minus a margin for rounding.
@@ -199,7 +199,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
 def largest(blocks: Tensor) -> Tensor:
     """Return the scale of each block, given as the last axis: its largest finite magnitude."""
     size = ops.absolute(blocks)
-    size = ops.max(where(ops.isfinite(size), size, ops.zeros_like(size)), axis=-1)
+    size = greatest(where(ops.isfinite(size), size, ops.zeros_like(size)))
     return ops.clip(where(size < SMALLEST_SCALE, ops.zeros_like(size), size), 0.0, LARGEST_SCALE)
 
 

@@ -460,9 +460,9 @@ def test_a_group_that_came_late(tmp_path):
         for v, w in zip(known, [*variables, late], strict=True):
             v.assign(ops.ones(w.shape))
         steps(one, known, 2, seed=9)
-    # Its own `start` is made at another time, and stands elsewhere.
+    # Its own `start` is made at another time, and stands elsewhere. JAX may take one of the steps in pieces.
     given, found = moments(optimizer), moments(again)
     assert given.keys() == found.keys()
     for path, numbers in given.items():
-        np.testing.assert_array_equal(found[path], numbers, err_msg=path)
-    np.testing.assert_array_equal(late.numpy(), twin.numpy())
+        np.testing.assert_allclose(found[path], numbers, rtol=1e-6, err_msg=path)
+    np.testing.assert_allclose(late.numpy(), twin.numpy(), rtol=1e-6)
