@@ -270,7 +270,7 @@ def _signed_codes(x, dither):
     sign = x.view(torch.int32).bitwise_right_shift(24).to(torch.uint8).bitwise_and_(128)
     blocks = x.abs_().view(-1, rule.BLOCK)
     scale = _largest(blocks, 0.0)
-    blocks.mul_(rule.inverse(scale, rule.SIGNED_LAST)[:, None]).add_(rule.SIGNED_ZERO)
+    blocks.mul_(_inverse(scale, rule.SIGNED_LAST)[:, None]).add_(rule.SIGNED_ZERO)
     return _steps(x, rule.SIGNED_FIRST, rule.SIGNED_DROP, dither).bitwise_or_(sign), scale
 
 
@@ -286,7 +286,7 @@ def _positive_codes(x, dither):
     """`rule.positive_codes`, and the scales; `x` is overwritten."""
     blocks = x.view(-1, rule.BLOCK)
     scale = _largest(blocks, float("inf"))
-    blocks.mul_(rule.inverse(scale)[:, None]).clamp_(rule.POSITIVE_LEAST, 1.0)
+    blocks.mul_(_inverse(scale)[:, None]).clamp_(rule.POSITIVE_LEAST, 1.0)
     return _steps(x, rule.POSITIVE_FIRST, rule.POSITIVE_DROP, dither), scale
 
 
@@ -298,6 +298,11 @@ def _largest(blocks, instead: float):
         scale = rule.largest(blocks)
         blocks.nan_to_num_(nan=instead, posinf=instead)
     return scale.mul_(scale >= rule.SMALLEST_SCALE).clamp_(max=rule.LARGEST_SCALE)
+
+
+def _inverse(scale, last: float = 1.0):
+    """`rule.inverse`; only a scale of 0 has an infinite reciprocal."""
+    return scale.reciprocal().mul_(last).nan_to_num_(posinf=0.0)
 
 
 def _steps(x, first: int, drop: int, dither):
