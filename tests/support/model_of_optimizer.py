@@ -13,7 +13,11 @@ import dataclasses
 
 import numpy as np
 
+from support import eight_bits
+
 LARGEST = float(np.finfo("float32").max)
+# Beyond, a square is infinite in float32. What becomes of such a finite gradient differs by path, see docs/rule.md.
+SQUARABLE = 1.8e19
 FLUSHED = 2.0**-125  # numbers below 2^-126 may be taken for zero: XLA and TensorFlow do
 
 # Half the distance between neighbours, relative.
@@ -65,7 +69,10 @@ class Optimizer:
     root of a square is the number itself, and what follows from it may be anything.
     """
 
-    def __init__(self, variables, options, scalar_error=2e-6, lone_norms_hold=False):
+    def __init__(
+        self, variables, options, scalar_error=2e-6, lone_norms_hold=False, least_in_8_bits=4096
+    ):
+        self.least_in_8_bits = least_in_8_bits
         self.lone_norms_hold = lone_norms_hold
         self.variables = list(variables)
         self.options = options
@@ -178,6 +185,8 @@ class Optimizer:
 
     def _update_variable(self, x, g, e_g):
         group, u, q = x.group, UNIT[x.wide], self.scalar_error
+        if x.wide == "float32":
+            x.is_lost |= np.isfinite(g) & (np.abs(g) > SQUARABLE)
         t = self.updates + 1 - x.start
         lr, beta_1, beta_2 = self._rate(group), group["beta_1"], group["beta_2"]
         decay = (group["weight_decay"] or 0.0) if x.decays else 0.0
@@ -229,14 +238,26 @@ class Optimizer:
         x.p = x.p - step
         x.e_p = x.e_p + np.where(frozen, 0, e_step) + u * (np.abs(x.p) + np.abs(step))
         self._store(x)
-        if self.options["state_dtype"]:  # of less range than a float64 variable
+        kept = self._state_dtype(x)
+        if kept == "8bit":
+            x.is_lost = _any_in_block(x.is_lost)  # which may have been taken for the largest
+            x.m, x.e_m = _in_blocks(x.m, x.e_m, signed=True)
+            x.v, x.e_v = _in_blocks(x.v, x.e_v, signed=False)
+            if group["amsgrad"]:
+                x.s, x.e_s = _in_blocks(x.s, x.e_s, signed=False)
+        elif kept != x.wide:  # of less range than a float64 variable
             x.m, x.v, x.s = (_in_range(y, "float32") for y in (x.m, x.v, x.s))
             x.may_be_nan |= np.isinf(x.v)
 
     def _state_error(self, x):
         """The relative error of storing a moment."""
-        kept = self.options["state_dtype"] or x.wide
-        return {"bfloat16": 2.0**-7, "float32": 2.0**-24, "float64": 0.0}[kept]
+        kept = self._state_dtype(x)
+        return {"bfloat16": 2.0**-7, "float32": 2.0**-24, "float64": 0.0, "8bit": 0.0}[kept]
+
+    def _state_dtype(self, x):
+        kept = x.group.get("state_dtype", self.options["state_dtype"]) or x.wide
+        in_blocks = x.p.size >= self.least_in_8_bits and x.wide == "float32"
+        return x.wide if kept == "8bit" and not in_blocks else kept
 
     def _store(self, x):
         has_rest = x.dtype in ("bfloat16", "float16") and self.options["kahan_sum"] is not False
@@ -259,6 +280,29 @@ class Optimizer:
             if due:
                 x.p, x.e_p = x.average, x.e_average
                 self._store(x)
+
+
+def _in_blocks(x, error, signed):
+    """What 8 bits keep of a moment: within a spacing, which near zero is that of the block's smallest."""
+    blocks, error = eight_bits.blocks_of(x), eight_bits.blocks_of(error)
+    is_finite = np.isfinite(blocks)
+    error = np.where(is_finite, np.nan_to_num(error, nan=np.inf), 0)
+    size = np.where(is_finite, np.abs(blocks), 0)
+    largest = np.max(size, axis=1, keepdims=True)
+    most = np.max(size + error, axis=1, keepdims=True)  # what may have been taken for the largest
+    kept = np.where(is_finite, blocks, 0 if signed else largest)
+    size = np.abs(kept) + error
+    away = size / 8 + most * 2.0**-18 if signed else size / 16 + most * 2.0**-15.9
+    away = away + error + np.where(size > 2.0**126, size, 0) + FLUSHED
+    away = np.where(is_finite, away, most)
+    return eight_bits.joined(kept, x.shape), eight_bits.joined(away, x.shape)
+
+
+def _any_in_block(condition):
+    blocks = eight_bits.blocks_of(condition)
+    return eight_bits.joined(
+        np.broadcast_to(blocks.any(axis=1, keepdims=True), blocks.shape), condition.shape
+    )
 
 
 def _in_range(x, wide):
