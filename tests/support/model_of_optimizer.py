@@ -232,7 +232,10 @@ class Optimizer:
         divisor = root + epsilon
         step = size * x.m / divisor
         least = (root - e_root + epsilon) * (1 - q - 4 * u)
-        e_step = size * ((np.abs(x.m) + x.e_m) / least - np.abs(x.m) / divisor) + q * np.abs(step)
+        longer = (np.abs(x.m) + x.e_m) / least - np.abs(x.m) / divisor
+        most = np.sqrt(s + e_s) + epsilon
+        shorter = np.abs(x.m) / divisor - np.maximum(np.abs(x.m) - x.e_m, 0) / most
+        e_step = size * np.fmax(longer, shorter) + q * np.abs(step)
         frozen = np.isinf(s)
         x.may_be_nan |= frozen
         x.p = x.p - step
@@ -299,10 +302,10 @@ def _in_blocks(x, error, signed):
 
 
 def _any_in_block(condition):
+    """Whether the condition holds for any element of the block."""
     blocks = eight_bits.blocks_of(condition)
-    return eight_bits.joined(
-        np.broadcast_to(blocks.any(axis=1, keepdims=True), blocks.shape), condition.shape
-    )
+    of_each = np.repeat(blocks.any(axis=1, keepdims=True), eight_bits.BLOCK, axis=1)
+    return eight_bits.joined(of_each, condition.shape)
 
 
 def _in_range(x, wide):
