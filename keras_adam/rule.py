@@ -273,11 +273,13 @@ def moving_average(average: Tensor, p: Tensor, momentum: Tensor, started: Tensor
 
 
 def dither(t: Tensor) -> Tensor:
-    """Return the `t`-th of `DITHERS` numbers in [0, 1); any run of them is spread evenly.
+    """Return the `t`-th of `DITHERS` numbers between 0 and 1; any run of them is spread evenly.
 
-    They are multiples of the golden ratio modulo 1, from two neighbouring Fibonacci numbers.
+    They are multiples of the golden ratio modulo 1, from two neighbouring Fibonacci numbers, and half of the least
+    distance. With 0 itself, what needs no rounding, as the largest of a block in 8 bits, would go down by chance.
     """
-    return ops.cast(ops.cast(t % DITHERS, "int32") * 6765 % DITHERS, "float32") / DITHERS
+    place = ops.cast(t % DITHERS, "int32") * 6765 % DITHERS
+    return (ops.cast(place, "float32") + 0.5) / DITHERS
 
 
 def joined(p: Tensor, lost: Tensor, dtype: str) -> Tensor:

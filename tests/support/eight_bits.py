@@ -20,7 +20,7 @@ DITHERS = 10946
 
 def dither(step):
     """Return the dither of the step that is taken after so many."""
-    return step % DITHERS * 6765 % DITHERS / DITHERS
+    return (step % DITHERS * 6765 % DITHERS + 0.5) / DITHERS
 
 
 def blocks_of(x, by_row=False):
