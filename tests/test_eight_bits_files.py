@@ -185,7 +185,7 @@ def test_from_keras_and_back(tmp_path):
 
 
 def test_weights_as_a_list(source):
-    optimizer, variables = source
+    optimizer, _ = source
     target, _ = build({"amsgrad": True})
     target.set_weights(optimizer.variables)
     assert_same_bits(state_of(target), state_of(optimizer))
@@ -203,7 +203,7 @@ def test_weights_as_a_list(source):
         with pytest.raises(ValueError, match=r"holds 8-bit codes, but|has shape"):
             target.set_weights([*arrays[:place], array, *arrays[place + 1 :]])
     for scale in (arrays[place + 1][:3], arrays[place + 1].astype("complex64")):
-        with pytest.raises(ValueError, match="has shape|of dtype"):
+        with pytest.raises(ValueError, match=r"has shape|of dtype"):
             target.set_weights([*arrays[: place + 1], scale, *arrays[place + 2 :]])
     wide_one, _ = build({"amsgrad": True, "state_dtype": None})
     with pytest.raises(ValueError, match="one array for each"):
@@ -386,7 +386,7 @@ def test_codes_for_what_is_no_moment(source, tmp_path):
 
 
 def test_state_dict(source):
-    optimizer, variables = source
+    optimizer, _ = source
     plain, _ = build({"amsgrad": True})
     plain.set_weights(optimizer.variables)
     theirs = plain.state_dict()

@@ -222,7 +222,7 @@ def test_group_of_its_own_dtype(own, of_all):
 
 @pytest.mark.parametrize("wrong", ["float16", "float64", "8-bit", "int8", 8, True])
 def test_no_such_dtype(wrong):
-    with pytest.raises(ValueError, match="`state_dtype` must be .*8bit.*Received: state_dtype="):
+    with pytest.raises(ValueError, match=r"`state_dtype` must be .*8bit.*Received: state_dtype="):
         keras_adam.Adam(state_dtype=wrong)
     with pytest.raises(ValueError, match=r"In `param_groups\[0\]`: `state_dtype` must be"):
         keras_adam.Adam(param_groups=[{"params": ".*", "state_dtype": wrong}])

@@ -235,7 +235,8 @@ class Optimizer:
         longer = (np.abs(x.m) + x.e_m) / least - np.abs(x.m) / divisor
         most = np.sqrt(s + e_s) + epsilon
         shorter = np.abs(x.m) / divisor - np.maximum(np.abs(x.m) - x.e_m, 0) / most
-        e_step = size * np.fmax(longer, shorter) + q * np.abs(step)
+        # A product below 2^-126 may be taken for zero before it is divided.
+        e_step = size * np.fmax(longer, shorter) + q * np.abs(step) + FLUSHED / least
         frozen = np.isinf(s)
         x.may_be_nan |= frozen
         x.p = x.p - step
