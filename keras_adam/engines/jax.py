@@ -65,8 +65,10 @@ class JaxEngine(Engine):
             return
         kept, ours = self._changing(variables)
         given = [v.value for v in ours]
-        # State that nobody holds but its variable, and this list, is updated in its own memory.
-        may_donate = all(count == _HELD_TWICE for count in map(sys.getrefcount, given))
+        # State that nobody holds but its variable, and this list, is updated in its own memory. When JAX looks for NaNs,
+        # it needs the arguments again.
+        is_needed = jax.config.jax_debug_nans or jax.config.jax_debug_infs
+        may_donate = not is_needed and all(n == _HELD_TWICE for n in map(sys.getrefcount, given))
         pattern = tuple(g is None for g in grads)
         key = tuple(map(id, variables)), pattern, config.kind(), self._constants(), may_donate
         if key not in self.compiled:
@@ -82,10 +84,18 @@ class JaxEngine(Engine):
             donated = 0 if may_donate else ()
             self.compiled[key] = jax.jit(stateless, donate_argnums=donated), references
         assign = self.optimizer.assign if in_stateless_scope() else _assign
-        with self.trace.apart():
-            values = self.compiled[key][0](given, [v.value for v in kept], grads, config.numbers())
-        for variable, value in zip([*ours, *kept], values, strict=True):
-            assign(variable, value)
+        arguments = given, [v.value for v in kept], grads, config.numbers()
+        # Ctrl-C is raised when the call is over. By then the old state may be donated, and the new one must not be lost:
+        # `extend` stores it before Python looks for signals.
+        results: list[list[Tensor]] = []
+        try:
+            with self.trace.apart():
+                results.extend(map(self.compiled[key][0], *zip(arguments, strict=True)))
+            _assign_each(assign, [*ours, *kept], results[0])
+        except KeyboardInterrupt:
+            for values in results:
+                _assign_each(assign, [*ours, *kept], values)
+            raise
 
     def _pays_to_compile(self, key: tuple, variables: list[Variable], config: StepConfig) -> bool:
         """Whether to compile an eager step of a new kind: other variables, other options, other gradients of None.
@@ -400,6 +410,11 @@ def _updated_one(gradient, kept, scalars, dither, *, constants, **alike):
     pairs = zip(scalars, constants, strict=True)
     whole = rule.Scalars(*(x if constant is None else constant for x, constant in pairs))
     return updated(gradient, kept, whole, dither, **alike)
+
+
+def _assign_each(assign: Any, variables: list[Variable], values: list[Tensor]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        assign(variable, value)
 
 
 def _assign(variable: Variable, value: Tensor) -> None:
