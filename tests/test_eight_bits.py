@@ -255,6 +255,25 @@ def test_a_bad_gradient_spoils_its_element_alone(make_step, bad):
     np.testing.assert_allclose(found[~is_bad], without[~is_bad], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("state_dtype", ["8bit", "bfloat16"])
+def test_dithers_follow_updates(state_dtype):
+    """The mean of two equal gradients is the gradient, so that the state must be the same to the bit.
+
+    If they followed the calls of `apply`, some numbers of accumulated steps would have dithers that hardly change.
+    """
+    gradients = rng.standard_normal((4, 4096)).astype("float32")
+    ends = []
+    for calls in (1, 2):
+        variable = keras.Variable(np.ones(4096, "float32"), name="v")
+        every = calls if calls > 1 else None
+        optimizer = keras_adam.Adam(state_dtype=state_dtype, gradient_accumulation_steps=every)
+        for g in np.repeat(gradients, calls, axis=0):
+            optimizer.apply([ops.convert_to_tensor(g)], [variable])
+        ends.append([slots(optimizer, role)[0] for role in ("momentum", "velocity")])
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_array_equal(*(ops.convert_to_numpy(x.value) for x in (one, other)))
+
+
 def test_zero_gradients():
     variable = keras.Variable(np.ones(4096, "float32"), name="v")
     optimizer = keras_adam.Adam(0.01, state_dtype="8bit")

@@ -155,8 +155,11 @@ class Engine:
             self.optimizer.assign(start, value_of(start) * ops.cast(is_past, start.dtype))
 
     def dither(self) -> Tensor:
-        """Return this step's dither."""
-        return rule.dither(self.optimizer._iterations)
+        """Return the dither of this update.
+
+        It follows the updates, not the calls of `apply`: every 144th dither, say, is near its predecessor.
+        """
+        return rule.dither(self.optimizer.iterations)
 
     # Gradients
 
