@@ -4,6 +4,7 @@ Each function that rounds stands for one of `keras_adam.rule`, which it names.
 """
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -267,11 +268,12 @@ def _signed_values(codes, scale):
 
 def _signed_codes(x, dither):
     """`rule.signed_codes`, and the scales; `x` is overwritten."""
-    sign = x.view(torch.int32).bitwise_right_shift(24).to(torch.uint8).bitwise_and_(128)
+    negative = x.view(torch.int32).bitwise_right_shift(31)  # -1 or 0
     blocks = x.abs_().view(-1, rule.BLOCK)
     scale = _largest(blocks, 0.0)
     blocks.mul_(_inverse(scale, rule.SIGNED_LAST)[:, None]).add_(rule.SIGNED_ZERO)
-    return _steps(x, rule.SIGNED_FIRST, rule.SIGNED_DROP, dither).bitwise_or_(sign), scale
+    codes = _steps(x, rule.SIGNED_FIRST, rule.SIGNED_DROP, dither)
+    return codes.sub_(negative, alpha=128), scale
 
 
 def _positive_values(codes, scale):
@@ -293,8 +295,13 @@ def _positive_codes(x, dither):
 def _largest(blocks, instead: float):
     """`rule.largest` of blocks that are not negative; numbers that are not finite are set to `instead`."""
     scale = blocks.amax(1)
-    # On a CPU, which has no queue, a check of the scales saves one of all elements.
-    if blocks.device.type != "cpu" or not scale.isfinite().all():
+    is_finite = False
+    if blocks.device.type == "cpu":  # where nothing waits for a number
+        least, most = (x.item() for x in scale.aminmax())
+        if least >= rule.SMALLEST_SCALE and most <= rule.LARGEST_SCALE:
+            return scale
+        is_finite = math.isfinite(most)
+    if not is_finite:
         scale = rule.largest(blocks)
         blocks.nan_to_num_(nan=instead, posinf=instead)
     return scale.mul_(scale >= rule.SMALLEST_SCALE).clamp_(max=rule.LARGEST_SCALE)
@@ -306,9 +313,9 @@ def _inverse(scale, last: float = 1.0):
 
 
 def _steps(x, first: int, drop: int, dither):
-    """`rule._steps`, as bytes."""
+    """`rule._steps`; `x` is overwritten."""
     bits = x.view(torch.int32).add_((dither * 2**drop).to(torch.int32) - first)
-    return bits.bitwise_right_shift_(drop).to(torch.uint8)
+    return bits.bitwise_right_shift_(drop)
 
 
 def _joined(p, lost, dtype: str):
