@@ -100,7 +100,7 @@ bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other op
 # About an hour: models trained with five seeds, and the memory and time of a step.
 bench-training: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## train in 16 and 8 bits; writes benchmarks/training.md, state.md
 	@set -e; trap 'exit 130' INT; for backend in $(BACKENDS); do \
-	  rm -f benchmarks/training-$$backend.json; \
+	  rm -f benchmarks/training-$$backend.json benchmarks/state-$$backend.json; \
 	  KERAS_BACKEND=$$backend $(PY) benchmarks/training.py; \
 	  KERAS_BACKEND=$$backend $(PY) benchmarks/state.py; \
 	done

@@ -113,13 +113,49 @@ def _write(name: str, run: dict) -> None:
         file.write(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
 
 
+def report() -> None:
+    """Draw the runs of the file, for light and for dark pages."""
+    import matplotlib.pyplot as plt
+    from plot import THEMES
+
+    runs = json.loads(OUT.read_text())
+    for name, theme in THEMES.items():
+        figure, axes = plt.subplots(
+            1, 2, figsize=(8.4, 3.2), facecolor=theme["ground"], layout="constrained"
+        )
+        first = np.array(runs["float32, seed 0"]["validation_loss"])
+        for kind, run in runs.items():
+            look = {"color": theme["grid"], "lw": 5} if kind.startswith("float32") else {}
+            look = look or {"color": theme["ours"], "lw": 1.5}
+            label = f"{kind.split(',')[0].replace('8bit', '8 bits')}: {run['state_bytes'] / 1e6:.1f} MB of state"
+            losses = np.array(run["validation_loss"])
+            axes[0].plot(run["steps"], losses, label=label, **look)
+            axes[1].plot(run["steps"], losses - first, **look)
+        axes[0].set_ylabel("validation loss (nats)", color=theme["text"])
+        axes[1].set_ylabel("beyond float32's", color=theme["text"])
+        for axis in axes:
+            axis.set_facecolor(theme["ground"])
+            axis.set_xlabel("step", color=theme["text"])
+            axis.tick_params(colors=theme["text"], labelsize=8)
+            axis.grid(color=theme["grid"], lw=0.5)
+            for spine in axis.spines.values():
+                spine.set_color(theme["grid"])
+        axes[0].legend(frameon=False, labelcolor=theme["text"], fontsize=9)
+        figure.savefig(HERE / f"long-run-{name}.png", dpi=160, facecolor=theme["ground"])
+        plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--state-dtype", choices=["float32", "bfloat16", "8bit"], default="8bit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--report", action="store_true", help="draw the curves")
     arguments = parser.parse_args()
-    train(arguments.state_dtype, arguments.seed, arguments.steps)
+    if arguments.report:
+        report()
+    else:
+        train(arguments.state_dtype, arguments.seed, arguments.steps)
 
 
 if __name__ == "__main__":

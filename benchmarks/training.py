@@ -107,8 +107,10 @@ def _of_torch() -> dict:
 
         found["bitsandbytes.AdamW8bit, float32"] = (
             "float32",
-            lambda: lambda parameters: bitsandbytes.optim.AdamW8bit(
-                parameters, min_8bit_size=LEAST_IN_8_BITS, **options
+            lambda: (
+                lambda parameters: bitsandbytes.optim.AdamW8bit(
+                    parameters, min_8bit_size=LEAST_IN_8_BITS, **options
+                )
             ),
         )
     with contextlib.suppress(ImportError):
