@@ -38,12 +38,16 @@ def check(optimizer, variable):
 def test_an_interruption_within_the_call():
     optimizer, variable, gradient = made(2**21)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+
+    def train_until(delay):
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        while True:
+            optimizer.apply([gradient], [variable])
+
     try:
         for delay in (0.01, 0.03, 0.05, 0.08):
             with pytest.raises(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, delay)
-                while True:
-                    optimizer.apply([gradient], [variable])
+                train_until(delay)
             check(optimizer, variable)
     finally:
         signal.signal(signal.SIGALRM, before)

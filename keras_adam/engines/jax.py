@@ -65,8 +65,8 @@ class JaxEngine(Engine):
             return
         kept, ours = self._changing(variables)
         given = [v.value for v in ours]
-        # State that nobody holds but its variable, and this list, is updated in its own memory. When JAX looks for NaNs,
-        # it needs the arguments again.
+        # State that only its variable and this list hold is updated in its own memory, unless JAX looks for NaNs: then it
+        # needs the arguments again.
         is_needed = jax.config.jax_debug_nans or jax.config.jax_debug_infs
         may_donate = not is_needed and all(n == _HELD_TWICE for n in map(sys.getrefcount, given))
         pattern = tuple(g is None for g in grads)
@@ -85,7 +85,7 @@ class JaxEngine(Engine):
             self.compiled[key] = jax.jit(stateless, donate_argnums=donated), references
         assign = self.optimizer.assign if in_stateless_scope() else _assign
         arguments = given, [v.value for v in kept], grads, config.numbers()
-        # Ctrl-C is raised when the call is over. By then the old state may be donated, and the new one must not be lost:
+        # Ctrl-C is raised when the call is over. By then the old state may be donated, so the new one must not be lost:
         # `extend` stores it before Python looks for signals.
         results: list[list[Tensor]] = []
         try:
