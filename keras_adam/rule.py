@@ -203,6 +203,16 @@ def largest(blocks: Tensor) -> Tensor:
     return ops.clip(where(size < SMALLEST_SCALE, ops.zeros_like(size), size), 0.0, LARGEST_SCALE)
 
 
+def power_of_two(scale: Tensor) -> Tensor:
+    """Return scales rounded up to powers of two.
+
+    There are 16 codes of `v` per octave, so that a number once rounded stays as it is while the scale grows. With the
+    largest as the scale, a growth too small to change an element's code would enlarge the element as well.
+    """
+    bits = ops.bitwise_and(view(scale, "int32") + (2**23 - 1), -(2**23))
+    return view(bits, "float32")
+
+
 def inverse(scale: Tensor, last: float = 1.0) -> Tensor:
     """Return `last / scale`; 0 for a block of zeros."""
     is_zero = ops.equal(scale, 0)

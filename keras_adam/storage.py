@@ -131,7 +131,8 @@ class InBlocks(Storage):
 
     Args:
         signed: Whether the numbers may be negative, as first moments may; second moments have codes without a zero.
-        dithers: Whether numbers are rounded up or down so that the error is zero on average, not to nearest.
+        dithers: Whether numbers are rounded up or down so that the error is zero on average. If not, as for a maximum,
+            they are rounded to nearest, and scales are powers of two.
         by_row: Whether each block is within one index of the first axis, so that rows can be read and written alone.
     """
 
@@ -156,6 +157,8 @@ class InBlocks(Storage):
         encode = rule.signed_codes if self.signed else rule.positive_codes
         blocks = self._blocks_of(ops.cast(value, "float32"))
         scale = rule.largest(blocks)
+        if not self.dithers:
+            scale = rule.power_of_two(scale)
         is_dithered = self.dithers and dither is not None
         codes = encode(blocks, scale[..., None], dither if is_dithered else 0.5)
         return [self._joined(ops.cast(codes, "uint8"), value), scale]

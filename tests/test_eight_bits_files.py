@@ -159,7 +159,8 @@ def test_converted(name, how):
             np.testing.assert_allclose(found[path], kept, rtol=2.0**-8 if "bf" in name else 3e-7)
             continue
         signed = path.endswith("_momentum")
-        codes, scale, margin = encoded(numbers, signed, by_row=by_row[1])
+        is_maximum = path.endswith("_velocity_hat")
+        codes, scale, margin = encoded(numbers, signed, by_row=by_row[1], is_maximum=is_maximum)
         held = {v.path.partition("/")[2]: ops.convert_to_numpy(v) for v in target.variables}
         assert_same_codes(held[path], codes, margin, signed)
         np.testing.assert_allclose(held[f"{path}_scale"].ravel(), scale, rtol=1e-6)

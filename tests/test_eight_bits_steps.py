@@ -141,12 +141,27 @@ def test_the_maximum_is_rounded_to_nearest(make_step, amsgrad):
         scale = 1 if amsgrad == "corrected" else np.sqrt(corrections[1])
         p = p - 0.01 * m / corrections[0] * scale / (np.sqrt(s) + 1e-7)
         np.testing.assert_allclose(value_of(variable), p, rtol=1e-5, atol=1e-6)
-        wanted, scale, margin = encoded(s, signed=False)
+        wanted, scale, margin = encoded(s, signed=False, is_maximum=True)
         found = ops.convert_to_numpy(slots(optimizer, "velocity_hat")[0])
         np.testing.assert_allclose(
             ops.convert_to_numpy(slots(optimizer, "velocity_hat_scale")[0]), scale, rtol=1e-4
         )
         assert_same_codes(np.array(found), wanted, margin, signed=False, near=2e-3)
+
+
+@either_way
+def test_a_maximum_does_not_grow_with_its_neighbours(make_step):
+    """Half of the elements of each block have gradients in the first 40 of 160 steps only."""
+    ends = []
+    for state_dtype in (None, "8bit"):
+        (variable,) = make_variables([(4096,)])
+        optimizer = keras_adam.Adam(beta_2=0.99, amsgrad=True, state_dtype=state_dtype)
+        optimizer.build([variable])
+        step = make_step(optimizer, [variable])
+        for i in range(160):
+            step(np.where(i < 40, 1.0, np.arange(4096) % 2).astype("float32"))
+        ends.append(optimizer._parameters[variable].velocity_hat.numbers(ops.convert_to_numpy))
+    np.testing.assert_allclose(*ends[::-1], rtol=1 / 32)
 
 
 WHOLE = {

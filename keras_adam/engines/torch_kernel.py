@@ -234,8 +234,11 @@ class _InBlocks(_AsTheyAre):
 
     def write(self, dither) -> None:
         encode = _signed_codes if self.storage.signed else _positive_codes
-        dither = dither if self.storage.dithers else torch.tensor(0.5, device=self.wide.device)
-        codes, scale = encode(self.wide, dither)
+        if self.storage.dithers:
+            codes, scale = encode(self.wide, dither)
+        else:
+            half = torch.tensor(0.5, device=self.wide.device)
+            codes, scale = _positive_codes(self.wide, half, rule.power_of_two)
         sizes = [x.numel() for x in self.parts]
         pieces = codes.split([y for n in sizes for y in (n, -n % rule.BLOCK)])
         torch._foreach_copy_(self.parts, pieces[::2])
@@ -292,10 +295,10 @@ def _positive_values(codes, scale):
     return x
 
 
-def _positive_codes(x, dither):
-    """`rule.positive_codes`, and the scales; `x` is overwritten."""
+def _positive_codes(x, dither, scale_of=lambda scale: scale):
+    """`rule.positive_codes`, and the scales, as `scale_of` the largest; `x` is overwritten."""
     blocks = x.view(-1, rule.BLOCK)
-    scale = _largest(blocks, float("inf"))
+    scale = scale_of(_largest(blocks, float("inf")))
     blocks.mul_(_inverse(scale)[:, None]).clamp_(rule.POSITIVE_LEAST, 1.0)
     return _steps(x, rule.POSITIVE_FIRST, rule.POSITIVE_DROP, dither), scale
 

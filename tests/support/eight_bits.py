@@ -6,6 +6,8 @@ magnitude. Relative to that, a code stands for one of 256 values:
 - of a first moment the table is of magnitudes F(c) - F(0), up to F(127) - F(0); F(c) has 8 values per octave and
   begins at 2^-15;
 - of a second moment the table has 16 values per octave, of which the last is 1.0.
+
+The scale of AMSGrad's maximum is rounded up to a power of two.
 """
 
 import numpy as np
@@ -50,7 +52,7 @@ def scales_of(x, by_row=False):
     return np.where(largest < 2.0**-126, 0, largest)
 
 
-def encoded(x, signed, dither=None, by_row=False):
+def encoded(x, signed, dither=None, by_row=False, is_maximum=False):
     """Return codes, scales, and for each element how near it was to another code, in spacings.
 
     Args:
@@ -59,9 +61,12 @@ def encoded(x, signed, dither=None, by_row=False):
         dither: It goes up if its distance from the lower neighbour, in spacings, and the dither make 1. None: it goes
             to the nearest.
         by_row: Whether no block goes beyond a row.
+        is_maximum: Whether they are AMSGrad's maximum.
     """
     dither = 0.5 if dither is None else dither
     scale = scales_of(x, by_row)
+    if is_maximum:
+        scale = np.where(scale > 0, 2.0 ** np.ceil(np.log2(np.where(scale > 0, scale, 1))), 0)
     blocks = blocks_of(np.asarray(x, "float64"), by_row)
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)[:, None]
     is_finite = np.isfinite(blocks)
