@@ -139,8 +139,9 @@ class Tensors:
                 torch._foreach_copy_(lost, rest.split(sizes))
             if is_half:
                 torch._foreach_copy_(parameters, whole.split(sizes))
-            if isinstance(self.moments[0], _InBlocks):
-                _let_stand(*(x.wide for x in self.moments[:2]))
+            first, second = self.moments[:2]
+            if isinstance(first, _InBlocks) and isinstance(second, _InBlocks):
+                _let_stand(first.wide, second.wide)
             for x in self.moments:
                 x.write(dither)
 
