@@ -21,6 +21,9 @@ _BUILD_ORDER = (
 _ROLES = {"accumulator": "gradient_accumulator"}  # in files, where it is not the slot's name
 MOMENTS = ("momentum", "velocity", "velocity_hat")
 
+# A new variable, its group, and the storage of each of its slots.
+Plan = tuple[Any, ParamGroup, dict[str, Storage]]
+
 
 @dataclass(eq=False)
 class Slot:
@@ -77,7 +80,7 @@ class Parameter:
         return [slot for slot in slots if slot is not None]
 
     def array(self, name: str) -> Any:
-        """Return a slot's first state variable, or None; a model's variable itself is none."""
+        """Return a slot's first state variable, or None; a model's variable itself, or its part, is none."""
         slot = getattr(self, name)
         arrays = () if slot is None else slot.arrays[name == "value" :]
         return arrays[0] if arrays else None
@@ -98,7 +101,7 @@ class Parameters:
 
     Args:
         key_of: Function that tells variables apart.
-        add: Function `(variable, role, dtype) -> state variable` that makes state.
+        add: Function `(variable or part of one, role, dtype) -> state variable` that makes state.
         add_start: Function `(number, update) -> state variable` that makes the scalar of those that join late.
     """
 
@@ -129,14 +132,17 @@ class Parameters:
     def variables(self) -> list[Any]:
         return [p.variable for p in self.records]
 
-    def create(self, plans: list[tuple[Any, ParamGroup, dict[str, Storage]]], update: int) -> None:
-        """Make the records of new variables, each given with its group and the storage of each of its slots.
+    def create(self, plans: list[Plan], parts: list[Any], update: int) -> None:
+        """Make the records of new variables.
 
-        They join at `update`, 0 being the beginning.
+        Args:
+            plans: What each is to have.
+            parts: What is updated here of each: the variable itself, or a part of it.
+            update: When they join, 0 being the beginning.
         """
         new = []
-        for variable, group, plan in plans:
-            new.append(Parameter(variable, group, Slot(plan["value"], (variable,))))
+        for (variable, group, plan), part in zip(plans, parts, strict=True):
+            new.append(Parameter(variable, group, Slot(plan["value"], (part,))))
             group.variables.append(variable)
         late = [p for p, (_, _, plan) in zip(new, plans, strict=True) if "momentum" in plan]
         if update and late:
@@ -144,12 +150,12 @@ class Parameters:
             for p in late:
                 p.joined = joined
         for names in _BUILD_ORDER:
-            for p, (variable, _, plan) in zip(new, plans, strict=True):
+            for p, part, (_, _, plan) in zip(new, parts, plans, strict=True):
                 for name in names:
                     if name in plan:
                         specs = plan[name].specs(_ROLES.get(name, name))
-                        made = [self.add(variable, spec.role, spec.dtype) for spec in specs]
-                        itself = (variable,) if name == "value" else ()
+                        made = [self.add(part, spec.role, spec.dtype) for spec in specs]
+                        itself = (part,) if name == "value" else ()
                         setattr(p, name, Slot(plan[name], (*itself, *made)))
         self.records = [*self.records, *new]
         self._reindex()

@@ -24,6 +24,8 @@ class Rows(NamedTuple):
         A row stands as often as before, and what is left over of `values` is zero: in a compiled step no shape may
         depend on what the indices are.
         """
+        if self.slots is not None:
+            return self
         if self.indices.shape[0] == 0:  # which PyTorch cannot sum
             return self._replace(slots=self.indices)
         order = ops.argsort(self.indices)

@@ -160,6 +160,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         if self._parameters:
             self._build_more(new)
         else:
+            self.__dict__["_engine"] = self._engine.to_build()
             chosen = groups.assign(self._selecting_groups(), self._default_group, variables)
             self._create_state(variables, chosen)
         self._reorder(variables)
@@ -196,7 +197,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             (v, group, self._storage_of(v, group))
             for v, group in zip(variables, chosen, strict=True)
         ]
-        self._parameters.create(plans, now)
+        self._parameters.create(plans, self._engine.parts_of(plans), now)
         self._store_numbers()
         self._count_skipped_steps()
 
@@ -239,10 +240,10 @@ class State(optimizer_base()):  # type: ignore[misc]
             plan["velocity_hat"] = plan["velocity"]
         return plan
 
-    def _add_slot(self, variable, role: str, dtype: str):
+    def _add_slot(self, part, role: str, dtype: str):
         self._slot_dtype = dtype
         try:
-            return self.add_variable_from_reference(variable, role)
+            return self._engine.slot(self.add_variable_from_reference(part, role), part)
         finally:
             self._slot_dtype = None
 

@@ -29,6 +29,9 @@ class Storage(ABC):
     """One way to keep a number per element; equal ones are the same way, and a compiled call may hold one."""
 
     dithers = False  # whether `write` needs a dither
+    block = (
+        1  # how many elements are kept together, so that no part of a variable may end between them
+    )
 
     @abstractmethod
     def specs(self, role: str) -> list[Spec]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import torch
+import torch.distributed as dist
 
 from keras_adam import hyperparameters, rule
 from keras_adam.engines.base import Bucket, Engine, Gradients, StepFunction, Tensor, Variable
@@ -37,6 +38,20 @@ class TorchEngine(Engine):
         if _version(iterations._value) == version + 1:
             # One step was counted: known without asking the device, which would wait for all that is under way.
             self._remember(iterations, before + 1)
+
+    def to_build(self) -> Engine:
+        if not (self.optimizer.shard_state and _has_group()) or dist.get_world_size() == 1:
+            return self
+        from keras_adam.engines.torch_spread import SpreadEngine  # which imports this module
+
+        return SpreadEngine(self.optimizer, self.parameters, self.trace)
+
+    def process(self) -> int:
+        return dist.get_rank() if _has_group() else 0
+
+    def wait_for_all(self) -> None:
+        if _has_group():
+            dist.barrier()
 
     def is_compiling(self) -> bool:
         return torch.compiler.is_compiling()
@@ -216,16 +231,20 @@ class TorchEngine(Engine):
         value.index_copy_(0, indices, rows.to(value.dtype))
 
     def unscale(self, values: list[Tensor]) -> list[Tensor]:
-        return torch._foreach_div(_widened(values), self.config.loss_scale_factor)
+        return torch._foreach_div(widened_all(values), self.config.loss_scale_factor)
 
     def are_finite(self, values: list[Tensor]) -> bool:
         # The one thing that is read from the device in a step, as by PyTorch's own `GradScaler`.
+        return bool(self.finite(values))
+
+    def finite(self, values: list[Tensor]) -> Tensor:
+        """Return on the device whether no value is infinite or NaN."""
         values = [x for x in values if x.numel() and x.is_floating_point()]
         largest = torch._foreach_norm(values, float("inf")) if values else [torch.zeros(())]
-        return bool(torch.stack(largest).isfinite().all())
+        return torch.stack(largest).isfinite().all()
 
     def clip(self, values: list[Tensor]) -> list[Tensor]:
-        values = _widened(values)
+        values = widened_all(values)
         if len({(x.dtype, x.device) for x in values}) != 1:
             return super().clip(values)
         name, limit = self.config.clipping or ("", 0.0)
@@ -258,7 +277,8 @@ class TorchEngine(Engine):
             averages, values = going_on if started else first
             averages.append(average._value)
             has_lost = isinstance(self.parameters[variable].value.storage, Compensated)
-            values.append(self.read_parameter(variable) if has_lost else variable._value)
+            value = self.parameters[variable].value.arrays[0]
+            values.append(self.read_parameter(variable) if has_lost else value._value)
         if going_on[0]:
             torch._foreach_lerp_(*_alike(*going_on), rule.complement(self.config.ema_momentum))
         if first[0]:  # the first update sets the average
@@ -306,6 +326,10 @@ class TorchEngine(Engine):
                 variable.value.grad.zero_()
 
 
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _without_autocast(device: str):
     """Return a context without autocast, which refuses to join tensors of the half precision that is not its own."""
     if torch.is_autocast_enabled(device):
@@ -324,6 +348,7 @@ def _alike(targets, values):
     ]
 
 
-def _widened(values):
+def widened_all(values: list[Any]) -> list[Tensor]:
+    """Return tensors in float32 at least."""
     values = [keras.ops.convert_to_tensor(x) for x in values]
     return [x if x.is_floating_point() and x.dtype.itemsize >= 4 else x.float() for x in values]

@@ -69,8 +69,8 @@ class Tensors:
     """A bucket's tensors, in the lists that the kernel takes."""
 
     def __init__(self, bucket):
-        self.variables = bucket.variables
-        self.parameters = [v._value for v in bucket.variables]
+        self.variables = [p.value.arrays[0] for p in bucket.parameters]
+        self.parameters = [v._value for v in self.variables]
         self.pointers = list(map(torch.Tensor.data_ptr, self.parameters))
         slots = [[slot for p in bucket.parameters if (slot := getattr(p, x))] for x in MOMENTS]
         kept = [[slot.arrays[0] for slot in of_kind] for of_kind in slots]
