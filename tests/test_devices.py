@@ -113,7 +113,7 @@ def launch(folder):
     BACKEND == "jax" and KERAS < (3, 15), reason="`fit` in several processes took tf.data alone"
 )
 def test_one_of_two_processes_is_killed(tmp_path):
-    """Both are started again, and end to the bit where an undisturbed run ends; with the state sharded on JAX and PyTorch."""
+    """Both are started again, and end to the bit where an undisturbed run ends; but on TensorFlow with spread state."""
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     finish([launch(undisturbed)])
     launcher = launch(disturbed)

@@ -1,0 +1,105 @@
+"""Processes of PyTorch that share the state, in processes of their own, each test with a time limit.
+
+What they do is in support/spread_run.py. That training with DistributedDataParallel ends where it ends on one device is
+shown in test_devices.py.
+"""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_adam  # noqa: F401 - a saved model names its class
+from support.processes import finish, free_address, start
+
+SECONDS = 300
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="JAX's are in test_jax_sharding.py"
+)
+
+
+def begin(task, folder, processes, *arguments):
+    address = free_address()
+    return [
+        start("spread_run", [task, folder, rank, processes, address, *arguments])
+        for rank in range(processes)
+    ]
+
+
+def run(task, folder, processes, *arguments):
+    finish(begin(task, folder, processes, *arguments), seconds=SECONDS)
+
+
+def arrays_in(path):
+    with np.load(path) as saved:
+        return [saved[name] for name in saved.files]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 4])
+def test_all_options(processes, tmp_path):
+    run("options", tmp_path, processes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", ["state_dict", "refused", "compiled"])
+def test_two_processes(task, tmp_path):
+    run(task, tmp_path, 2)
+
+
+@pytest.mark.long
+def test_a_file_of_four_processes_is_gone_on_from_in_four_two_and_one(tmp_path):
+    run("files", tmp_path, 4, "-", "undisturbed")
+    undisturbed = arrays_in(tmp_path / "undisturbed-0.npz")
+    for processes in (4, 2, 1):
+        run("files", tmp_path, processes, "model.keras", f"of-{processes}")
+        for rank in range(processes):
+            found = arrays_in(tmp_path / f"of-{processes}-{rank}.npz")
+            for got, want in zip(found, undisturbed, strict=True):
+                if processes == 4:
+                    np.testing.assert_array_equal(got, want)
+                else:
+                    np.testing.assert_allclose(got, want, rtol=0, atol=2e-7)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_is_killed_while_it_saves(dies, tmp_path):
+    """The earlier file stays as it was, and both, started again from it, end to the bit where they would have."""
+    run("killed", tmp_path, 2, "undisturbed", "-")
+    workers = begin("killed", tmp_path, 2, "disturbed", dies)
+    try:
+        assert workers[dies].wait(SECONDS) == -9, workers[dies].communicate()[0].decode()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    model = keras.saving.load_model(tmp_path / "disturbed.keras")
+    model.optimizer.build(model.trainable_variables)
+    # The first process writes; with what the second had given it, it may have got that done.
+    assert int(model.optimizer._iterations.value) in ((2,) if dies == 0 else (2, 4))
+    run("killed", tmp_path, 2, "disturbed", "-")
+    for rank in range(2):
+        ends = [arrays_in(tmp_path / f"{name}-{rank}.npz") for name in ("undisturbed", "disturbed")]
+        for got, want in zip(*ends, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.long
+def test_files_go_to_and_from_eight_devices_of_jax(tmp_path):
+    """The state that JAX loads in the end is, to the bit, the one that it saved in the beginning."""
+    address = free_address()
+
+    def on_jax(*arguments):
+        command = ["on_jax", tmp_path, 0, 1, address, *arguments]
+        finish([start("spread_run", command, devices=8, backend="jax")], seconds=SECONDS)
+
+    on_jax("-", "of-jax.keras")
+    for processes in (4, 2, 1):
+        run("on_torch", tmp_path, processes, "of-jax.keras", "of-torch.keras")
+        on_jax("of-torch.keras", "back.keras")
+        models = [keras.saving.load_model(tmp_path / f"{x}.keras") for x in ("of-jax", "back")]
+        for model in models:
+            model.optimizer.build(model.trainable_variables)
+        pairs = zip(*([*m.variables, *m.optimizer.variables] for m in models), strict=True)
+        for one, other in pairs:
+            assert one.value.equal(other.value), one.path
