@@ -4,14 +4,19 @@ What they do is in support/spread_run.py. That training with DistributedDataPara
 shown in test_devices.py.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 
 import keras_adam  # noqa: F401 - a saved model names its class
-from support.processes import finish, free_address, start
+from support.processes import environment, finish, free_address, start
 
 SECONDS = 300
+EXAMPLE = Path(__file__).parents[1] / "examples" / "torch_ddp.py"
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="JAX's are in test_jax_sharding.py"
 )
@@ -44,6 +49,24 @@ def test_all_options(processes, tmp_path):
 @pytest.mark.parametrize("task", ["state_dict", "refused", "compiled"])
 def test_two_processes(task, tmp_path):
     run(task, tmp_path, 2)
+
+
+@pytest.mark.long
+def test_the_example_ends_in_two_processes():
+    """From Keras 3.16 on the first process would wait for ever if it called `fit` or `predict` alone."""
+    host, _, port = free_address().partition(":")
+    shared = environment() | {"MASTER_ADDR": host, "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    command = [sys.executable, str(EXAMPLE), "--epochs", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    finish(
+        [subprocess.Popen(command, env=shared | {"RANK": rank}, **pipes) for rank in "01"],
+        seconds=SECONDS,
+    )
+
+
+@pytest.mark.long
+def test_fit_of_two_processes(tmp_path):
+    run("fitted", tmp_path, 2)
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ from keras_adam import hyperparameters, rule
 from keras_adam.engines.base import Bucket, Engine, Gradients, StepFunction, Tensor, Variable
 from keras_adam.engines.torch_kernel import FUSED, Tensors, apart, can_fuse
 from keras_adam.groups import NUMERIC, ParamGroup
-from keras_adam.parameters import Joining, Parameter
+from keras_adam.parameters import Joining, Parameter, Plan
 from keras_adam.sparse import Rows
 from keras_adam.step_config import StepConfig
 from keras_adam.storage import Compensated
@@ -45,6 +45,16 @@ class TorchEngine(Engine):
         from keras_adam.engines.torch_spread import SpreadEngine  # which imports this module
 
         return SpreadEngine(self.optimizer, self.parameters, self.trace)
+
+    def parts_of(self, plans: list[Plan]) -> list[Any]:
+        for variable, _, _ in plans:
+            if type(variable._value).__name__ == "DTensor":
+                raise ValueError(
+                    "`variables` must be whole tensors in each process, as Keras makes them, under "
+                    "`keras.distribution.DataParallel` too; `shard_state=True` spreads their state. "
+                    f"Received: '{variable.path}', a DTensor"
+                )
+        return super().parts_of(plans)
 
     def process(self) -> int:
         return dist.get_rank() if _has_group() else 0

@@ -75,6 +75,7 @@ class SpreadEngine(TorchEngine):
     # Who holds what
 
     def parts_of(self, plans: list[Plan]) -> list[Any]:
+        super().parts_of(plans)  # which refuses what cannot be cut
         sizes = [
             sum(x.nbytes(tuple(v.shape)) for x in kept.values()) if "momentum" in kept else 0
             for v, _, kept in plans

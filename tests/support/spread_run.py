@@ -215,6 +215,16 @@ def refused(folder, rank, processes):
     optimizer.apply([gradient], [variable])
     np.testing.assert_allclose(values_of([variable])[0], 0.9, atol=1e-6)
 
+    import torch
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (processes,))
+    value = distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])
+    variable = keras.Variable(torch.nn.Parameter(value))
+    for spread in (True, False):
+        with pytest.raises(ValueError, match=r"`variables` must be whole .* '.*', a DTensor"):
+            keras_adam.Adam(0.1, shard_state=spread).build([variable])
+
 
 def compiled(folder, rank, processes):
     """`fit` with PyTorch's compiler: the step of the optimizer stays out of it."""
@@ -229,6 +239,29 @@ def compiled(folder, rank, processes):
         ends.append(values_of(model.trainable_variables))
     for got, want in zip(*ends, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-7)
+
+
+def fitted(folder, rank, processes):
+    """`fit`, which from Keras 3.16 on sums gradients over the processes, ends alike in all with the state spread."""
+    import torch.distributed as dist
+
+    if int(keras.__version__.split(".")[1]) >= 16:
+        devices = keras.distribution.list_devices()
+        distribution = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
+        keras.distribution.set_distribution(distribution)
+    ends = []
+    for spread in (True, False):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        model.compile(keras_adam.Adam(0.01, shard_state=spread, global_clipnorm=0.1), loss="mse")
+        rng = np.random.default_rng(0)
+        model.fit(rng.normal(size=(8, 4)), rng.normal(size=(8, 3)), batch_size=4, verbose=0)
+        ends.append(values_of(model.trainable_variables))
+    of_all = [None] * processes
+    dist.all_gather_object(of_all, ends[0])
+    for of_one in (*of_all, ends[1]):
+        for got, want in zip(of_one, ends[0], strict=True):
+            np.testing.assert_allclose(got, want, rtol=0, atol=0 if of_one is not ends[1] else 2e-7)
 
 
 def on_jax(folder, rank, processes, source, target):
@@ -263,6 +296,9 @@ def main(task, folder, rank, processes, address, *arguments):
         where = f"tcp://{address}"
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes)
     globals()[task](folder, rank, processes, *arguments)
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
