@@ -46,8 +46,16 @@ class Part:
         return (self.stretch.stop - self.stretch.start,)
 
     @property
+    def flat(self) -> Any:
+        """The variable's elements in a row; it becomes contiguous, as Keras's orthogonal kernels are not."""
+        value = self.variable._value
+        if not value.is_contiguous():
+            value.data = value.data.contiguous()
+        return value.detach().view(-1)
+
+    @property
     def value(self) -> Any:
-        return self.variable._value.detach().view(-1)[self.stretch]
+        return self.flat[self.stretch]
 
     _value = value
 

@@ -69,7 +69,7 @@ class SpreadEngine(TorchEngine):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        self._plans: dict[tuple[int, ...], list[list[tuple[Variable, slice]]]] = {}
+        self._plans: dict[tuple[int, ...], list[list[tuple[Part, slice]]]] = {}
         self._under_way: list[tuple[Any, Tensor, list[Tensor]]] = []
 
     # Who holds what
@@ -204,13 +204,13 @@ class SpreadEngine(TorchEngine):
             if len(self._plans) == _MOST_PLANS:
                 self._plans.clear()
             parts = [p for v in variables if isinstance(p := self._part(v), Part)]
-            stretches = [[(p.variable, x) for x in p.stretches()] for p in parts]
+            stretches = [[(p, x) for x in p.stretches()] for p in parts]
             self._plans[key] = [
-                [(v, x) for v, x in of_rank if x.start < x.stop]
+                [(p, x) for p, x in of_rank if x.start < x.stop]
                 for of_rank in zip(*stretches, strict=True)
             ]
         for rank, pieces in enumerate(self._plans[key]):
-            tensors = [_flat(v)[stretch].view(torch.uint8) for v, stretch in pieces]
+            tensors = [part.flat[stretch].view(torch.uint8) for part, stretch in pieces]
             for bucket in _buckets(tensors):
                 if len(bucket) == 1:
                     work = dist.broadcast(bucket[0], rank, async_op=True)
@@ -233,10 +233,6 @@ class SpreadEngine(TorchEngine):
     def forget(self) -> None:
         super().forget()
         self._plans.clear()
-
-
-def _flat(variable: Variable) -> Tensor:
-    return variable._value.detach().view(-1)
 
 
 def _cut(gradient: Any, part: Any) -> Any:

@@ -23,6 +23,7 @@ PLAIN = {"learning_rate": 0.01, "weight_decay": 0.1}
 CASES = {
     "plain": (PLAIN, "float32"),
     "float64": (PLAIN, "float64"),
+    "transposed": ({"amsgrad": True}, "float32"),
     "everything": (
         EVERYTHING | {"param_groups": [{"params": "bias", "beta_1": 0.5, "weight_decay": 0}]},
         "float32",
@@ -49,6 +50,9 @@ def train(case, spread):
     rng = np.random.default_rng(11)
     start = {name: rng.uniform(-0.8, 0.8, shape) for name, shape in SHAPES.items()}
     variables = [keras.Variable(x, dtype=dtype, name=name) for name, x in start.items()]
+    if case == "transposed":  # as `keras.initializers.Orthogonal` leaves it
+        variables[0]._value.data = variables[0].value.data.T.contiguous().T
+        assert not variables[0].value.is_contiguous()
     if case.startswith("constraint"):
         variables[0].constraint = keras.constraints.UnitNorm(axis=0)
     optimizer = keras_adam.Adam(**{"learning_rate": 0.01, **options}, shard_state=spread)
