@@ -64,7 +64,7 @@ def one(tmp_path_factory):
     return replicas_in(out)
 
 
-@pytest.mark.short("data-parallel+shard_state", "mirrored", "ddp", "ddp+shard_state")
+@pytest.mark.short("data-parallel+shard_state", "mirrored", "ddp")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_devices(engine, one, tmp_path):
     processes, shown = ENGINES[engine]

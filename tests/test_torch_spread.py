@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 
-import keras_adam  # noqa: F401 - a saved model names its class
+import keras_adam
 from support.processes import environment, finish, free_address, start
 
 SECONDS = 300
@@ -37,6 +37,43 @@ def run(task, folder, processes, *arguments):
 def arrays_in(path):
     with np.load(path) as saved:
         return [saved[name] for name in saved.files]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    "shapes",
+    [[(64, 128), (128,), (128, 10), (10,)], [(500, 8), *[(3, 3, 8, 16), (16,)] * 2, (8, 8), (8,)]],
+    ids=["small", "embedding"],
+)
+def test_each_process_holds_its_share(shapes, processes, monkeypatch):
+    """Of the bytes, to within 5 %, also where one variable is most of the model; all agree on who has what."""
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: processes)
+    variables = [keras.Variable(np.ones(shape, "float32")) for shape in shapes]
+    held = [np.zeros(v.shape, "int").reshape(-1) for v in variables]
+    sizes = []
+    for rank in range(processes):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        # The first variable has more state than the others.
+        groups = [{"params": variables[0], "amsgrad": True}]
+        optimizer = keras_adam.Adam(shard_state=True, param_groups=groups, use_ema=True)
+        optimizer.build(variables)
+        state = [v for v in optimizer.variables if v.shape and "hyperparameters" not in v.path]
+        sizes.append(sum(v.value.nbytes for v in state))
+        for count, v in zip(held, optimizer._momentums, strict=True):
+            count[v.part.stretch] += 1
+    assert all((count == 1).all() for count in held)
+    share = sum(optimizer.state_size().values()) / processes
+    np.testing.assert_allclose(sizes, share, rtol=0.05)
+
+
+def test_without_a_process_group_the_state_is_whole():
+    variable = keras.Variable(np.ones((4, 3), "float32"))
+    optimizer = keras_adam.Adam(0.1, shard_state=True)
+    optimizer.apply([keras.ops.ones((4, 3))], [variable])
+    assert optimizer._momentums[0].value.shape == (4, 3)
 
 
 @pytest.mark.long
