@@ -117,9 +117,8 @@ def main():
                 run.differentiate(step)
                 run.optimizer.step()
         weights = {of: [v.numpy() for v in run.variables] for of, run in runs.items()}
-        away = [
-            np.abs(a - b).max() for a, b in zip(*[weights[of] for of in (*runs,)][:2], strict=True)
-        ]
+        pairs = zip(weights["keras_adam"], weights[ZERO], strict=True)
+        away = max(np.abs(a - b).max() for a, b in pairs)
         times = np.array([[most(seconds(run)) for run in runs.values()] for _ in range(rounds)])
         whole = 8 * sum(v.value.numel() for v in runs["keras_adam"].variables)
         rows.append(
