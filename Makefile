@@ -38,7 +38,7 @@ export NO_MKDOCS_2_WARNING ?= 1
 .DEFAULT_GOAL := help
 # Two pips must not write to one environment.
 .NOTPARALLEL:
-.PHONY: help demo test test-long $(BACKENDS:%=test-%) test-matrix test-libraries fuzz bench bench-half-precision notebooks docs \
+.PHONY: help demo test test-long $(BACKENDS:%=test-%) test-matrix test-libraries fuzz bench bench-training notebooks docs \
     docs-serve dist lint format clean backend-is-known
 
 # $(call under_each_backend,COMMAND) runs it under one after the other, tells how each ended, and fails if one failed.
@@ -94,17 +94,18 @@ bench: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## time a step beside other op
 	  KERAS_BACKEND=$$backend $(PY) benchmarks/run.py --out benchmarks/results-$$backend.json $(BENCH_ARGS); \
 	done
 	$(PY) benchmarks/report.py
+	$(PY) benchmarks/starting.py $(filter --quick,$(BENCH_ARGS))
 	$(PY) benchmarks/sharding.py
 
-# About half an hour: models trained with five seeds, and the memory and time of a step.
-bench-half-precision: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## train in half precision; writes benchmarks/half-precision*.md
+# About an hour: models trained with five seeds, and the memory and time of a step.
+bench-training: $(BACKENDS:%=$(STAMPS)/%) $(STAMPS)/bench  ## train in 16 and 8 bits; writes benchmarks/training.md, state.md
 	@set -e; trap 'exit 130' INT; for backend in $(BACKENDS); do \
-	  rm -f benchmarks/half-precision-$$backend.json; \
-	  KERAS_BACKEND=$$backend $(PY) benchmarks/half_precision.py; \
-	  KERAS_BACKEND=$$backend $(PY) benchmarks/half_precision_step.py; \
+	  rm -f benchmarks/training-$$backend.json benchmarks/state-$$backend.json; \
+	  KERAS_BACKEND=$$backend $(PY) benchmarks/training.py; \
+	  KERAS_BACKEND=$$backend $(PY) benchmarks/state.py; \
 	done
-	$(PY) benchmarks/half_precision.py --report
-	$(PY) benchmarks/half_precision_step.py --report
+	$(PY) benchmarks/training.py --report
+	$(PY) benchmarks/state.py --report
 
 # PyTorch besides the backend: a run is taken over from it.
 notebooks: backend-is-known $(STAMPS)/notebooks $(STAMPS)/$(KERAS_BACKEND) $(STAMPS)/torch  ## execute the notebooks in place

@@ -57,7 +57,7 @@ class Case:
 
 
 def cases(backend: str, quick: bool) -> list[Case]:
-    """Return the cases of a backend; a quick run has the same ones, shrunk until they only show that all works."""
+    """Return the cases of a backend; a quick run has the same ones, so small that they only show that all works."""
     modes = {"torch": ["eager"], "tensorflow": ["graph", "XLA"], "jax": ["jit", "eager"]}[backend]
     found = [
         _step(backend, mode, *size, quick)

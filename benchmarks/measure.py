@@ -25,20 +25,26 @@ class Budget(NamedTuple):
     seconds: float  # for the rounds of one case, unless `least` rounds take longer
     least: int  # rounds
     most: int
-    sample: float  # seconds that one sample shall last at least: short steps are repeated
+    sample: float  # least seconds of one sample: short steps are repeated
 
 
 FULL = Budget(seconds=3.0, least=7, most=31, sample=0.02)
 QUICK = Budget(seconds=0.0, least=3, most=3, sample=0.0)
 
 
-def measure(contestants: dict[str, Callable[[], Step]], budget: Budget, advance) -> dict[str, Any]:
+def measure(
+    contestants: dict[str, Callable[[], Step]],
+    budget: Budget,
+    advance,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Return each contestant's seconds per optimizer step, round by round, and why others were skipped.
 
     Args:
         contestants: Functions that prepare a contestant, by name; the first is what the others must agree with.
         budget: How long to measure.
         advance: Called with what is being done and how much of the case is done, from 0 to 1.
+        clock: What tells the seconds. Defaults to `time.perf_counter`.
     """
     ready, skipped = _prepare(contestants, advance)
     repeats = {name: _repeats(step, budget) for name, step in ready.items()}
@@ -54,7 +60,7 @@ def measure(contestants: dict[str, Callable[[], Step]], budget: Budget, advance)
             gc.collect()
             gc.disable()  # a collection would be booked to whoever runs at that moment
             for name in order:
-                samples[name].append(_sample(ready[name], repeats[name]))
+                samples[name].append(_sample(ready[name], repeats[name], clock))
             gc.enable()
             rounds += 1
             spent = (time.perf_counter() - begin) / (budget.seconds or 1e9)
@@ -93,13 +99,13 @@ def _check_agreement(name, value, expected) -> None:
 
 
 def _repeats(step: Step, budget: Budget) -> int:
-    once = _sample(step, 1) * step.steps
+    once = _sample(step, 1, time.perf_counter) * step.steps
     return max(1, min(1000, round(budget.sample / once)))
 
 
-def _sample(step: Step, repeats: int) -> float:
+def _sample(step: Step, repeats: int, clock) -> float:
     run = step.run
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(repeats):
         run()
-    return (time.perf_counter() - begin) / (repeats * step.steps)
+    return (clock() - begin) / (repeats * step.steps)

@@ -1,8 +1,8 @@
 """Peak memory of one optimizer step beyond the variables, gradients and state; each contestant in its own process.
 
 Linux keeps each process's highest resident memory (VmHWM) and resets it on request. A step is run after others have
-allocated all that stays, and what the peak exceeds the resident memory before by is the step's own. C's allocator is
-told to give freed memory back at once, so that none of it hides in there.
+allocated all that stays; the peak minus the resident memory before is the step's own. C's allocator is set to return
+freed memory at once, so that it keeps none.
 """
 
 import gc
@@ -21,7 +21,7 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def measure_peaks(backend: str, quick: bool, advance) -> dict[str, dict]:
-    """Return the bytes that each contestant's largest step takes beyond what stays, by mode and name."""
+    """Return the bytes that each contestant's largest step takes in addition to what stays, by mode and name."""
     if not (_STATUS.exists() and os.access(_RESET, os.W_OK)):
         return {}
     peaks: dict[str, dict] = {}

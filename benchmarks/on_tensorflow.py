@@ -12,7 +12,7 @@ tf.get_logger().setLevel("ERROR")
 
 
 def gradients(case: cases.Case) -> list:
-    """Return variables: a graph holds small tensors as constants, and would compute with them beforehand."""
+    """Return variables: a graph would hold small tensors as constants, and compute with them in advance."""
     tf.random.set_seed(0)
     if case.work == "embedding":
         rows = tf.random.uniform((512,), 0, case.count, tf.int32)

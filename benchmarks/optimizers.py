@@ -54,7 +54,7 @@ def optimizers(case: cases.Case) -> dict[str, Callable[[list], keras.optimizers.
 
 
 def _with_groups(variables):
-    """Four groups that differ in what they are asked, in turns, and not in the result."""
+    """Return an optimizer with four groups, in turns, that differ in their options but not in the result."""
     groups = [{"params": variables[k::4], "learning_rate_multiplier": 1.0} for k in range(4)]
     return keras_adam.Adam(cases.LEARNING_RATE, param_groups=groups)
 

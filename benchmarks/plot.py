@@ -10,7 +10,7 @@ from tables import BACKENDS, milliseconds
 
 matplotlib.use("Agg")
 
-# Fewer kinds than contestants: what one looks for is Keras, what it costs to write it oneself, and the best there is.
+# Fewer kinds than contestants: readers look for Keras, for an optimizer they would write, and for the best there is.
 _KINDS = {
     cases.KERAS: ("keras.optimizers.Adam", "s"),
     cases.NAIVE: ("naive Keras subclass", "v"),
@@ -55,7 +55,7 @@ def figure(results: list[dict], theme: str):
 
 
 def _chosen(rows):
-    """XLA's rows stand in the tables alone: they are much like the graph's."""
+    """XLA's rows are in the tables alone: they are much like the graph's."""
     return [row for row in rows if row.mode != "XLA"]
 
 

@@ -42,6 +42,10 @@ def main() -> None:
         console.print(table.rich(), "")
     for sentence in tables.skipped(found):
         console.print(f"Skipped: {sentence}", highlight=False)
+    if not any(result["quick"] for result in found):
+        sentences = results.fallen(found, results.committed(files))
+        for sentence in sentences or ["none"]:
+            console.print(f"Slower than in the committed results: {sentence}", highlight=False)
     page = arguments.folder / "results.md"
     page.write_text(_page(found))
     for path in (page, *plot.draw(found, arguments.folder)):

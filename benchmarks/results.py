@@ -1,6 +1,7 @@
 """What the measurements say: ratios with their spread, and whether goals were reached."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,10 @@ def spread(values) -> Spread:
 
 def load(paths: list[Path]) -> list[dict]:
     """Read the files of one or more backends."""
-    found = [json.loads(path.read_text()) for path in paths]
+    return _with_rows([json.loads(path.read_text()) for path in paths])
+
+
+def _with_rows(found: list[dict]) -> list[dict]:
     for result in found:
         result["rows"] = [Row(case) for case in result["cases"]]
     order = {"torch": 0, "tensorflow": 1, "jax": 2}
@@ -112,6 +116,37 @@ GOALS = [
         for name in ("500 x 10", "200 x 4,096", cases.LARGEST)
     ),
 ]
+
+
+def fallen(found: list[dict], before: list[dict]) -> list[str]:
+    """Return a sentence for each ratio that is lower than in earlier results by more than their spread.
+
+    Both are lists as `load` returns them. A ratio fell if its upper quartile is below the earlier one's lower.
+    """
+    old = {(r.backend, r.mode, r.name): r for result in before for r in result["rows"]}
+    sentences = []
+    for row in (row for result in found for row in result["rows"]):
+        known = old.get((row.backend, row.mode, row.name))
+        for name in row.seconds:
+            if known is None or name == row.ours or name not in known.seconds:
+                continue
+            earlier, now = known.ratio(name), row.ratio(name)
+            if now.high < earlier.low:
+                sentences.append(
+                    f"{row.backend}, {row.title}: {name} took {earlier} times as long as ours, and takes {now} now"
+                )
+    return sentences
+
+
+def committed(paths: list[Path]) -> list[dict]:
+    """Return the results that git has of these files at HEAD; those that it does not have are left out."""
+    texts = []
+    for path in paths:
+        command = ["git", "show", f"HEAD:./{path.name}"]
+        folder = path.resolve().parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        texts += [done.stdout] * (done.returncode == 0)
+    return _with_rows([json.loads(text) for text in texts])
 
 
 def goals(results: list[dict]) -> list[tuple[Goal, Row]]:

@@ -61,7 +61,7 @@ def state_of(model) -> list:
 
 
 def on_one_device(variables) -> int:
-    """Return the bytes that the first device holds, as its shards tell."""
+    """Return the bytes of the shards that the first device holds."""
     return sum(v.value.addressable_shards[0].data.nbytes for v in variables)
 
 

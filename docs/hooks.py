@@ -27,7 +27,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Let links to a notebook, which hold in the repository, lead to its page."""
+    """Make links to a notebook, which are right in the repository, lead to its page."""
     return _FROM_DOCS.sub(r"](\1.md)", markdown)
 
 

@@ -91,8 +91,8 @@ for i in [*range(0, STEPS - HALF, 15), STEPS - HALF - 1]:
     difference = in_keras[i] - in_pytorch[i]
     print(f"{HALF + i + 1:5} {in_pytorch[i]:10.6f} {in_keras[i]:18.6f} {difference:11.1e}")
 
-# Both compute in float32, but sum in another order: the last of seven digits differs at once, and the steps pass that
-# on, to some 1e-6 in the end. Without the optimizer's state the losses would soon be 1e-2 apart.
+# Both compute in float32, but sum in another order: the last of seven digits differs at once, and grows to some 1e-6 in
+# the end. Without the optimizer's state the losses would soon be 1e-2 apart.
 np.testing.assert_allclose(in_keras, in_pytorch, rtol=1e-3, atol=1e-5)
 print(f"the losses of {STEPS - HALF} steps agree")
 

@@ -3,7 +3,7 @@
     python examples/launch.py [--processes 2] examples/jax_data_parallel.py [arguments]
 
 Each process finds its number in RANK, how many there are in WORLD_SIZE, and the address of the first in MASTER_ADDR and
-MASTER_PORT: the names that PyTorch's `torchrun` uses, which serves as well. On a cluster, its scheduler does this.
+MASTER_PORT. PyTorch's `torchrun` uses the same names and works as well. On a cluster, its scheduler does this.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main():
         for rank in range(given.processes)
     ]
     try:
-        # What is left of a training when one process has died would wait for it for ever.
+        # When one process has died, the others would wait for it for ever.
         while any(w.poll() is None for w in workers) and not any(w.poll() for w in workers):
             time.sleep(0.2)
         failed = [(rank, w.poll()) for rank, w in enumerate(workers) if w.poll()]

@@ -70,7 +70,7 @@ def batches(epoch):
 def step(images, labels):
     def in_replica(images, labels):
         with tf.GradientTape() as tape:
-            # The gradients are summed over the replicas, so that each divides by their number.
+            # The gradients are summed over the replicas, so each replica divides by their number.
             loss = loss_fn(labels, model(images, training=True)) / strategy.num_replicas_in_sync
         optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
 
@@ -78,7 +78,7 @@ def step(images, labels):
 
 
 def save(epoch):
-    """Save in each process, as TensorFlow wants it; keep the first one's file, whole or not at all."""
+    """Save in each process, as TensorFlow requires; keep the first process's file, whole or not at all."""
     given.backup.mkdir(parents=True, exist_ok=True)
     scratch = given.backup / f"unfinished-{RANK}.keras"
     model.save(scratch)

@@ -1,4 +1,4 @@
-"""What people write who come from PyTorch or Keras 2, and what to write here instead."""
+"""What to write here instead of PyTorch's and Keras 2's arguments."""
 
 import difflib
 import functools
@@ -25,7 +25,7 @@ _INSTEAD = {
 
 
 def variables_come_later(function: _F) -> _F:
-    """Make a constructor refuse variables as its first argument, as PyTorch's has them."""
+    """Make a constructor refuse variables as its first argument, where PyTorch's takes them."""
 
     @functools.wraps(function)
     def checked(self, *args, **options):
@@ -61,7 +61,7 @@ def names_are_known(function: _F) -> _F:
 
 
 def _words(self) -> dict[str, str]:
-    """Return what to call the class, and how to call it; a class as `self` is that of `with_torch_arguments`."""
+    """Return the class's name and an example of a call; in `with_torch_arguments`, `self` is the class."""
     if isinstance(self, type):
         return {"name": self.__name__, "call": f"{self.__name__}.with_torch_arguments(lr=0.001)"}
     name = type(self).__name__

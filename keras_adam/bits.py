@@ -1,4 +1,4 @@
-"""Two operations that each backend has under a name of its own, and `keras.ops` lacks, at least in Keras 3.10."""
+"""Operations that `keras.ops` lacks, at least in Keras 3.10."""
 
 from typing import Any
 
@@ -19,10 +19,20 @@ def view(x: Any, dtype: str) -> Any:
     return x.view(dtype)
 
 
-def _root():
-    """Return the square root of tensors of the active backend; on JAX and TensorFlow, its derivative at 0 is 0.
+def greatest(x: Any) -> Any:
+    """Return the greatest along the last axis, also of a tensor without elements, which Keras refuses."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
 
-    The true one is infinite, and what is multiplied by it then, such as the derivative of `g * g` at 0, would be NaN.
+        return tf.reduce_max(x, axis=-1)
+    return x.amax(-1) if backend == "torch" else x.max(-1)
+
+
+def _root():
+    """Return the active backend's square root; on JAX and TensorFlow, with the derivative 0 at 0.
+
+    The true derivative is infinite: times 0, which is the derivative of `g * g` at 0, it gives NaN.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -50,9 +60,9 @@ def _root():
 
 
 def _with_derivative_of():
-    """Return a function `(result, x)` that gives `result`; on JAX, as if its derivative were that of `x`.
+    """Return a function `(result, x)` that returns `result`; on JAX, with the derivative of `x`.
 
-    Where `result` comes from the bits of `x` it has none of its own.
+    A `result` that was made from the bits of `x` has no derivative of its own.
     """
     if keras.backend.backend() != "jax":
         return lambda result, x: result

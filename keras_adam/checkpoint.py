@@ -1,8 +1,8 @@
 """Saving and loading of an optimizer's state: all of it fits, or nothing is assigned.
 
 A file holds what `keras.optimizers.Adam` writes, arrays numbered in the order of `optimizer.variables`, so that each of
-the two reads the other's. Where the store is HDF5, each array also bears its role ("momentum", "velocity", ...), the
-path of the variable that it belongs to, its dtype, and a checksum of this and of its values; Keras passes over these.
+the two reads the other's. In HDF5 each array also has attributes, which Keras ignores: its role ("momentum",
+"velocity", ...), the path of its variable, its dtype, and a checksum of these and of its values.
 """
 
 import re
@@ -14,11 +14,14 @@ import keras
 import numpy as np
 
 from keras_adam.paths import align
+from keras_adam.storage import MOMENTS, SCALE, InBlocks, Storage
 
-# What an optimizer without the option does not save, and what then begins at zero.
+# Roles that a file may lack, if it was saved without the option; their arrays then begin at zero.
 MAY_LACK = ("compensation", "skipped_steps")
+SIGNED_MOMENT = "momentum"  # the one that may be negative
 
-# How Keras names its other optimizers, if the user does not. Some keep as many arrays as Adam, of the same shapes.
+# How Keras names its other optimizers, if the user does not. A `.weights.h5` file of Keras shows nothing else of the
+# optimizer's class: Adamax, Lamb and RMSprop save as many arrays as Adam, of the same shapes and without roles.
 _OTHER_KINDS = (
     *("adadelta", "adafactor", "adagrad", "adamax", "ftrl", "lamb", "lion", "muon", "nadam"),
     *("rm_sprop", "rmsprop", "schedule_free_adam_w", "sgd"),
@@ -31,8 +34,10 @@ class Entry(NamedTuple):
     role: str
     path: str
     variable: Any
-    start: int | None = None  # of a momentum: which "start" tells when its variable joined
+    start: int | None = None  # of a momentum: the number of the "start" of its variable
     frozen: bool = False  # whether it belongs to a variable that is not trainable now
+    storage: Storage | None = None  # of codes
+    scale: Any = None  # of codes: the variable with their scales
 
     @property
     def label(self) -> str:
@@ -45,11 +50,36 @@ class Entry(NamedTuple):
         array = np.asarray(to_numpy(self.variable))
         if dtype == "bfloat16":  # which HDF5 does not have
             array = array.astype("float32")
-        return Saved(self.role, self.path, array, start, self.frozen, dtype)
+        scale = None if self.scale is None else np.asarray(to_numpy(self.scale))
+        return Saved(self.role, self.path, array, start, self.frozen, dtype, scale)
+
+    def assign(self, s: "Saved") -> None:
+        """Give the state what was saved, rounded to its dtype."""
+        values = s.value
+        if s.scale is not None:
+            if self.scale is not None and s.scale.shape == tuple(self.scale.shape):
+                self.variable.assign(s.value)
+                self.scale.assign(s.scale)
+                return
+            values = self.blocks_of(s).numbers([s.value, s.scale])
+        if self.storage is not None:
+            codes, scale = self.storage.arrays_of(values)
+            self.variable.assign(codes)
+            self.scale.assign(scale)
+            return
+        dtype = keras.backend.standardize_dtype(self.variable.dtype)
+        is_float = keras.backend.is_float_dtype(dtype)
+        self.variable.assign(values if is_float else values.astype(dtype))
+
+    def blocks_of(self, s: "Saved") -> InBlocks:
+        """Return how the file keeps the codes in `s`."""
+        return InBlocks(
+            signed=self.role == SIGNED_MOMENT, by_row=s.scale is not None and s.scale.ndim == 2
+        )
 
 
 class Saved(NamedTuple):
-    """One array of a file; role, path and dtype are empty where the file does not tell them."""
+    """One array of a file; role, path and dtype are empty if the file lacks them."""
 
     role: str
     path: str
@@ -57,13 +87,22 @@ class Saved(NamedTuple):
     start: str = ""
     frozen: bool = False
     dtype: str = ""  # of the state variable: a file keeps one in bfloat16 as float32
+    scale: np.ndarray | None = None  # of codes
 
     @property
     def label(self) -> str:
         return _label(self.role, self.path) if self.role else "an array"
 
+    @property
+    def arrays(self) -> list["Saved"]:
+        """Its arrays in a file: the codes, then their scales."""
+        if self.scale is None:
+            return [self]
+        scale = Saved(_scale_role(self.role), self.path, self.scale, dtype="float32")
+        return [self._replace(scale=None), scale]
+
     def checksum(self) -> int:
-        """Return a number that another one, or one that was damaged, is most unlikely to have."""
+        """Return a CRC-32 of the metadata and the values."""
         told = repr((self.role, self.path, self.start, self.frozen, self.dtype, self.value.shape))
         values = np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
         return zlib.crc32(values.data, zlib.crc32(told.encode()))
@@ -71,7 +110,7 @@ class Saved(NamedTuple):
 
 def save(store, state: Iterable[Saved]) -> None:
     """Write the state into a Keras store."""
-    for i, s in enumerate(state):
+    for i, s in enumerate(x for whole in state for x in whole.arrays):
         store[str(i)] = s.value
         attributes = _attributes(store, str(i))
         if attributes is None or not s.role:
@@ -96,7 +135,7 @@ def read(store, owner: str) -> list[Saved]:
                 f"{len(keys)} arrays, but none named '{key}'. Received: {sorted(keys)}"
             )
         value = np.array(store[key])
-        if not value.dtype.isnative:  # another machine's order of bytes, which no backend takes
+        if not value.dtype.isnative:  # backends take native byte order only
             value = value.astype(value.dtype.newbyteorder("="))
         told = _read_attributes(store, key)
         role, path, start, dtype = (
@@ -117,6 +156,7 @@ def read(store, owner: str) -> list[Saved]:
             "so that it was put there later. To change an array on purpose, write into it, as in `array[...] = value` "
             "of h5py, and remove its attribute 'crc32'. No state was loaded."
         )
+    saved = _with_scales(saved, owner)
     other = _other_optimizer(store)
     if other and unmarked:
         raise ValueError(
@@ -126,20 +166,41 @@ def read(store, owner: str) -> list[Saved]:
     return saved
 
 
-def is_of_copy(store) -> bool:
-    """Whether the store is in a file of an optimizer without its model, as `copy.deepcopy` and `pickle` make it.
+def _with_scales(saved: list[Saved], owner: str) -> list[Saved]:
+    """Return what was saved, with each array of codes joined to its scales, which come next."""
+    whole: list[Saved] = []
+    rest = iter(saved)
+    for s in rest:
+        if s.role.endswith(SCALE):
+            raise ValueError(
+                f"Optimizer '{owner}': in the saved state {s.label} must come after its codes. No state was loaded."
+            )
+        if s.value.dtype == np.uint8 and s.value.shape:
+            scale = next(rest, None)
+            if scale is None or scale.role != _scale_role(s.role) or scale.path != s.path:
+                raise ValueError(
+                    f"Optimizer '{owner}': in the saved state {s.label} holds 8-bit codes, after which must come their "
+                    f"scales. Received: {'nothing' if scale is None else scale.label}. No state was loaded."
+                )
+            s = s._replace(scale=scale.value)
+        whole.append(s)
+    return whole
 
-    The optimizer is the root of the file, or it is within a `LossScaleOptimizer` that is the root.
+
+def is_of_copy(store) -> bool:
+    """Whether the store's file holds an optimizer without a model, as `copy.deepcopy` and `pickle` write it.
+
+    The root of the file is the optimizer, or a `LossScaleOptimizer` around it.
     """
     file = getattr(getattr(store, "_h5_entry_group", None), "file", None)
     return file is not None and set(file) <= {"vars", "inner_optimizer"}
 
 
 def first_other(saved: list[Saved], wanted: list[tuple[str, tuple[int, ...], bool]]) -> str:
-    """Return the first thing in the state that is not that of the wanted variables; "" if there is none.
+    """Return the first difference between the state and the wanted variables; "" if there is none.
 
     Args:
-        saved: The state; that of a variable that was frozen when it was saved may be left over.
+        saved: The state. It may hold state of other variables that were frozen when it was saved.
         wanted: Path and shape of each variable, and whether it must have state.
     """
     shapes: dict[str, list[tuple[int, ...]]] = {}
@@ -160,8 +221,11 @@ def first_other(saved: list[Saved], wanted: list[tuple[str, tuple[int, ...], boo
 
 
 def is_unused(saved: list[Saved]) -> bool:
-    """Whether no step was made: the count of iterations and all that is kept of a variable is zero."""
-    return not any(s.value.any() for s in saved if s.path or s.role == "iteration")
+    """Whether no step was made: the count of iterations and all state of variables are zero."""
+    values = (
+        s.value if s.scale is None else s.scale for s in saved if s.path or s.role == "iteration"
+    )
+    return not any(x.any() for x in values)
 
 
 def match(
@@ -169,11 +233,11 @@ def match(
 ) -> list[tuple[Entry, Saved]]:
     """Pair the state with what was saved; raise a ValueError that names the first difference.
 
-    With `by_name` names decide even if they are numbered ones, which in another session tell the order of creation.
+    With `by_name`, names decide even if Keras numbered them; such names depend on the session.
     """
     pairs = _match_names(saved, entries, owner, by_name) or _match_positions(saved, entries, owner)
     check(pairs, owner)
-    # What rounding took in another dtype is kept at another scale, and the variable itself has been rounded anew.
+    # In another dtype, the compensation has another scale, and the variable was rounded anew: start from zero.
     return [
         (e, _zeros(e)) if e.role == "compensation" and _other_half(e, s) else (e, s)
         for e, s in pairs
@@ -183,7 +247,7 @@ def match(
 def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
     """Raise a ValueError if an array does not fit the state variable that it is for.
 
-    Floats of any width fit a float; what does not is one that counts, and the reverse.
+    A float of any width fits a float; a count fits a count only.
     """
     for entry, s in pairs:
         if s.value.shape != tuple(entry.variable.shape):
@@ -192,7 +256,15 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
                 f"array has shape {s.value.shape}. No state was loaded."
             )
         dtype = keras.backend.standardize_dtype(entry.variable.dtype)
-        if not keras.backend.is_float_dtype(dtype):
+        if s.scale is not None:
+            _check_scale(entry, s, owner)
+        elif dtype == "uint8" and entry.storage is None:  # codes alone, as `set_weights` takes them
+            if s.value.dtype != np.uint8:
+                raise ValueError(
+                    f"Optimizer '{owner}': {entry.label} holds 8-bit codes, but the array is of dtype {s.value.dtype}. "
+                    "No state was loaded."
+                )
+        elif not keras.backend.is_float_dtype(dtype) and entry.storage is None:
             whole_number(s, owner, entry.label, dtype)
         elif not s.value.dtype.name.startswith(("float", "bfloat")):
             raise ValueError(
@@ -201,11 +273,27 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
             )
 
 
+def _check_scale(entry: Entry, s: Saved, owner: str) -> None:
+    """Raise a ValueError if the codes are not a moment's, or the scales do not fit them."""
+    scale = s.scale if s.scale is not None else np.zeros(())
+    needed = entry.blocks_of(s).specs(entry.role, s.value.shape)[1].shape
+    if entry.role not in MOMENTS or not s.value.shape or scale.shape != needed:
+        raise ValueError(
+            f"Optimizer '{owner}': the scales of {entry.label}, which is saved in 8 bits, must be of shape {needed} "
+            f"for codes of shape {s.value.shape}. Received: shape {scale.shape}. No state was loaded."
+        )
+    if scale.dtype.kind != "f":
+        raise ValueError(
+            f"Optimizer '{owner}': the scales of {entry.label} must be floats. Received: dtype {scale.dtype}. No state "
+            "was loaded."
+        )
+
+
 def whole_number(s: Saved, owner: str, label: str, dtype: str) -> int:
-    """Return the count that an array holds; raise a ValueError if it holds none, or one that `dtype` does not have."""
+    """Return the count that an array holds; raise a ValueError if it holds none, or one outside of `dtype`."""
     value, most = s.value, int(np.iinfo(dtype).max)
     is_number = value.shape == () and value.dtype.name.startswith(("int", "uint", "float"))
-    # As a whole number: beside a float of NumPy, `most` would be rounded up to one.
+    # Compare as integers: beside a float of NumPy, `most` would be rounded up to a float.
     number = int(value) if is_number and np.isfinite(value) else -1
     if not 0 <= number <= most or value != number:
         shown = value.item() if value.shape == () else f"an array of shape {value.shape}"
@@ -217,9 +305,9 @@ def whole_number(s: Saved, owner: str, label: str, dtype: str) -> int:
 
 
 def is_beginning(saved: list[Saved]) -> bool:
-    """Whether this is the state of an optimizer that was not built, so that no training had begun.
+    """Whether this is the state of an optimizer that was not built.
 
-    It holds the count of iterations, and the learning rate if that is a number.
+    Such state is a count of iterations of zero, and the learning rate if that is a number.
     """
     roles = [s.role for s in saved]
     return (
@@ -230,13 +318,13 @@ def is_beginning(saved: list[Saved]) -> bool:
 
 
 def _other_half(entry: Entry, s: Saved) -> bool:
-    # Files of before the dtype was told have bfloat16 as float32, too, and float16 as it is.
+    # Older files lack the dtype. They hold bfloat16 as float32, and float16 as it is.
     kept = s.dtype or ("float16" if s.value.dtype == "float16" else "bfloat16")
     return kept != keras.backend.standardize_dtype(entry.variable.dtype)
 
 
 def _are_alike(saved: list[Saved], entries: list[Entry]) -> bool:
-    """Whether both are the same but for the numbers at the end of names, in the same order."""
+    """Whether both are the same, in the same order, except for numbers at the end of names."""
 
     def plain(path: str) -> list[str]:
         return [re.sub(r"_\d+$", "", name) for name in path.split("/")]
@@ -251,15 +339,13 @@ def _are_alike(saved: list[Saved], entries: list[Entry]) -> bool:
 
 
 def assign(pairs: list[tuple[Entry, Saved]]) -> None:
-    """Give the state what was saved, rounded to its dtype."""
+    """Give the state what was saved."""
     for entry, s in pairs:
-        dtype = keras.backend.standardize_dtype(entry.variable.dtype)
-        whole = not keras.backend.is_float_dtype(dtype)
-        entry.variable.assign(s.value.astype(dtype) if whole else s.value)
+        entry.assign(s)
 
 
 def _match_names(saved: list[Saved], entries: list[Entry], owner: str, by_name: bool):
-    """Pair by role and path; return nothing where the file does not tell them or they cannot serve."""
+    """Pair by role and path; return None if the file lacks these, or they do not match."""
     if not all(s.role for s in saved):
         return None
     ours = {e[:2] for e in entries}
@@ -279,7 +365,7 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str, by_name: 
                 "numbered ones, which tell the order of creation, so that which is which cannot be told. Build the "
                 "optimizer with the variables in the order in which they were saved. No state was loaded."
             )
-        return None  # a model rebuilt after another one has names that are numbered on
+        return None  # a model rebuilt after another one has names with higher numbers
     files = {(s.role, aligned.get(s.path, s.path)): s for s in saved}
     if len(files) < len(saved):  # variables of one path
         pairs = _match_positions(saved, entries, owner)
@@ -320,8 +406,8 @@ def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
     if not any(s.role in MAY_LACK for s in saved) and len(saved) < len(entries):
         lacking = [(entry, _zeros(entry)) for entry in entries if entry.role in MAY_LACK]
         entries = [entry for entry in entries if entry.role not in MAY_LACK]
-    # The learning rate, if it is a state variable, stands second, and what follows it in a file of Keras's Adam is the
-    # state of a variable; so a file with one array more or less shows whether its learning rate was a schedule.
+    # Only the learning rate can be a scalar at index 1. It is there unless it was a schedule, so that a file may have
+    # one array more or less.
     has_rate = any(entry.role == "learning_rate" for entry in entries)
     if len(saved) == len(entries) + 1 and not has_rate and saved[1].value.shape == ():
         saved = [saved[0], *saved[2:]]
@@ -341,6 +427,10 @@ def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
     return [*zip(entries, saved, strict=True), *lacking]
 
 
+def _scale_role(role: str) -> str:
+    return role + SCALE if role else ""
+
+
 def _label(role: str, path: str) -> str:
     return f"{role} of '{path}'" if path else role
 
@@ -352,14 +442,14 @@ def _attributes(store, key: str):
 
 
 def _other_optimizer(store) -> str:
-    """Return the name of the optimizer whose state this is, if it is one that Keras gave to another kind of its own."""
+    """Return the name of the optimizer whose state this is, if Keras gives that name to another kind of optimizer."""
     name = str(getattr(getattr(store, "_h5_entry_group", None), "attrs", {}).get("name", ""))
     kind = re.sub(r"_\d+$", "", name).lower()  # Keras 3.10 calls one 'SGD'
     return name if kind in _OTHER_KINDS else ""
 
 
 def _read_attributes(store, key: str) -> dict[str, Any]:
-    """Return the attributes of an array, of which a store in several files shows only those of the open one."""
+    """Return the attributes of an array; if the store has several files, open the one that holds the array."""
     for name in getattr(store, "current_shard_filenames", []):
         if key in store._h5_entry_group:
             break

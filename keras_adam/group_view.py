@@ -15,12 +15,14 @@ from keras_adam.groups import (
 )
 from keras_adam.paths import path_of
 
+_NAMES = ("params", *NUMERIC, *rule.Options._fields, "state_dtype")
+
 
 class GroupView(Mapping):
     """The hyperparameters that some variables share; a mapping in which the numeric ones can be set.
 
-    A value set on it holds from the next step on, in a compiled train function too, without a retrace. PyTorch's names
-    `lr`, `betas` and `eps` serve besides Keras's.
+    A value that is set holds from the next step on, in a compiled train function too, without a retrace. PyTorch's
+    names `lr`, `betas` and `eps` work beside Keras's.
     """
 
     def __init__(self, optimizer, group: ParamGroup):
@@ -37,6 +39,8 @@ class GroupView(Mapping):
             return self["beta_1"], self["beta_2"]
         if name in rule.Options._fields:
             return getattr(group.options, name)
+        if name == "state_dtype":
+            return self._optimizer._state_dtype_of(group)
         value = group.own(name)
         if name == "learning_rate" and value is None:
             return self._optimizer.learning_rate_number() * group.own("learning_rate_multiplier")
@@ -46,7 +50,7 @@ class GroupView(Mapping):
         group, name = self._group, PYTORCH_NAMES.get(name, name)
         if name == "betas":
             betas = check_betas(value)
-            for beta, number in betas.items():  # both, before either is set
+            for beta, number in betas.items():  # check both before either is set
                 check_numeric(beta, number)
             self.update(betas)
             return
@@ -55,8 +59,8 @@ class GroupView(Mapping):
             return
         if name not in NUMERIC:
             raise ValueError(
-                f"`{name}` cannot be set after the constructor: of what a parameter group has, only numbers can, "
-                f"which are {', '.join(NUMERIC)}. Make a new optimizer for it. Received: {name}={value!r}"
+                f"`{name}` cannot be set after the constructor; only the numbers {', '.join(NUMERIC)} can. "
+                f"Make a new optimizer. Received: {name}={value!r}"
             )
         if group.is_default:
             if name == "learning_rate":
@@ -69,8 +73,8 @@ class GroupView(Mapping):
                 )
         if name == "learning_rate_multiplier" and group.own("learning_rate") is not None:
             raise ValueError(
-                "`learning_rate_multiplier` has no effect beside a learning rate of the group's own: set that "
-                f"one, or set it to None first. Received: learning_rate_multiplier={value!r}"
+                "`learning_rate_multiplier` has no effect beside a group's own learning rate: set "
+                f"`learning_rate` to None first. Received: learning_rate_multiplier={value!r}"
             )
         value = check_numeric(name, value)
         self.check_settable(name, value)
@@ -83,10 +87,10 @@ class GroupView(Mapping):
             self[name] = value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("params", *NUMERIC, *rule.Options._fields))
+        return iter(_NAMES)
 
     def __len__(self) -> int:
-        return 1 + len(NUMERIC) + len(rule.Options._fields)
+        return len(_NAMES)
 
     def __eq__(self, other) -> bool:
         return self is other
@@ -102,6 +106,8 @@ class GroupView(Mapping):
             value = group.readable(name)
             if value != usual(name):
                 values[name] = hyperparameters.shown(value)
+        if not group.is_default and self["state_dtype"] != self._optimizer.state_dtype:
+            values["state_dtype"] = hyperparameters.shown(self["state_dtype"])
         selected = "the others" if group.is_default else selection.shown(group.selector)
         count = len(group.variables)
         members = (
@@ -121,7 +127,7 @@ class GroupView(Mapping):
     # For the optimizer
 
     def number(self, name: str) -> float:
-        """Return what a number, schedule or callable is worth at the optimizer's present iteration."""
+        """Return a number's value, also a schedule's or a callable's, at the optimizer's present iteration."""
         iterations = self._optimizer._iterations
         value = hyperparameters.resolve(name, self[name], iterations, compiling=False)
         return 0.0 if value is None else float(value)
@@ -139,8 +145,8 @@ class GroupView(Mapping):
         group, dynamic = self._group, hyperparameters.is_dynamic
         if dynamic(value) or dynamic(group.given(name)):
             raise TypeError(
-                f"`{name}` of a parameter group is part of a compiled step where it is, or becomes, a schedule or a "
-                "callable: it can be set to or from one before the first compiled step only. "
+                f"`{name}` can be set to or from a schedule or a callable only before the first compiled step, which "
+                "holds it as a constant. Set it on a copy, which keeps the state, `new = copy.deepcopy(optimizer)`. "
                 f"Received: {name}={value!r}"
             )
         if group.stored is None or group.is_constant:
@@ -152,7 +158,7 @@ class GroupView(Mapping):
 
 
 class GroupViews(dict[ParamGroup, GroupView]):
-    """The view of each group: made when it is first asked for, and the same one from then on."""
+    """The view of each group: made on first use, then always the same one."""
 
     def __init__(self, optimizer):
         super().__init__()
@@ -163,7 +169,7 @@ class GroupViews(dict[ParamGroup, GroupView]):
 
 
 class _ReadOnlyList(list):
-    """A list that shows what the optimizer has: a change to it would change nothing else, so it is refused."""
+    """A list that only shows what the optimizer has. A change would have no effect, so it is refused."""
 
     what = ""  # the expression that returned it
 
@@ -173,9 +179,8 @@ class _ReadOnlyList(list):
             [*map(_shown_change, args), *(f"{k}={_shown_change(v)}" for k, v in kwargs.items())]
         )
         raise TypeError(
-            f"`{self.what}` cannot be changed, as it only shows what the optimizer has. To add variables, call "
-            "`optimizer.add_param_group({'params': ...})`; groups and variables cannot be taken out or put in another "
-            "order; the numbers of a group can be set, as in `optimizer.param_groups[0]['learning_rate'] = 0.1`. "
+            f"`{self.what}` is read-only. To add variables, call `optimizer.add_param_group({{'params': ...}})`. Set "
+            "numbers as in `optimizer.param_groups[0]['learning_rate'] = 0.1`. "
             f"Received: a change with ({received})"
         )
 
@@ -194,7 +199,7 @@ class _Members(_ReadOnlyList):
 
 
 class ParamGroups(_ReadOnlyList):
-    """A list of groups that is printed one a line."""
+    """A list of groups, printed one group a line."""
 
     what = "optimizer.param_groups"
 
@@ -202,12 +207,12 @@ class ParamGroups(_ReadOnlyList):
         return "[" + ",\n ".join(map(repr, self)) + "]"
 
     def __deepcopy__(self, memo):
-        """Return plain dictionaries, with the variables themselves: a copy of a group would need its optimizer."""
+        """Return dictionaries that hold the same variables; a copy of a group would need its optimizer."""
         return [_Snapshot(group) for group in self]
 
 
 class _Snapshot(dict):
-    """What a group held when it was copied; PyTorch's names serve too."""
+    """What a group held when it was copied; PyTorch's names work too."""
 
     def __init__(self, group: GroupView):
         super().__init__({**group, "params": list(group["params"])})
@@ -221,7 +226,7 @@ class _Snapshot(dict):
 
 
 def check_held(variable, name: str, value: Any) -> None:
-    """Raise if `variable` is empty because Keras's trainer on JAX holds its value, so that an assignment is lost."""
+    """Raise if Keras's trainer on JAX holds the value of `variable`, so that an assignment would be lost."""
     if variable is not None and getattr(variable, "_value", variable) is None:
         raise ValueError(
             f"`{name}` cannot be set here: while `fit` runs on JAX, the state is with Keras's trainer. In a callback, "

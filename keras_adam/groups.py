@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_adam import hyperparameters, rule, selection
 from keras_adam.paths import path_of
+from keras_adam.storage import STATE_DTYPES
 
 # Settable while training, in the order of `ParamGroup.stored`. A `learning_rate` of None follows the optimizer's.
 NUMERIC = (
@@ -22,12 +23,13 @@ NUMERIC = (
     "weight_decay",
 )
 _MAY_BE_NONE = ("learning_rate", "weight_decay")
-# Stored as `1 - beta`: float32 has no 0.999, and what it has instead is 5e-5 off in the number that counts, 0.001.
+# Stored as `1 - beta`: with beta = 0.999 in float32, `1 - beta` would be off by 1.3e-5 of itself.
 _STORED_AS_COMPLEMENT = ("beta_1", "beta_2")
 _NOT_SET = -1.0  # stored for a learning rate that follows the optimizer's
-_ASKED = -2.0  # stored for a schedule or a callable, which is asked in each step
+_ASKED = -2.0  # stored for a schedule or a callable, which is called in each step
+INHERITED = "inherited"  # a group's `state_dtype` that is the optimizer's
 PYTORCH_NAMES = {"lr": "learning_rate", "eps": "epsilon"}
-# What PyTorch's groups hold besides, at its own defaults: how a step is computed, not what it computes.
+# PyTorch's choices of an implementation, with its defaults: how a step is computed, not what it computes.
 IMPLEMENTATION = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
 
@@ -35,11 +37,11 @@ class ParamGroup:
     """The hyperparameters that some variables share.
 
     Args:
-        numeric: Dictionary of numbers, schedules and callables; those of `NUMERIC` but for both learning rates, which
-            may be left out.
-        options: What is constant, as it changes the formula.
+        numeric: Dictionary from the names in `NUMERIC` to numbers, schedules and callables. Both learning rates may
+            be left out.
+        options: The choices that change the formula, and so are constant.
         selector: What selects its variables. Defaults to `None`: all that no other group selects.
-        default: The group whose values this one was made beside. Defaults to `None`: it is that one.
+        default: The default group. Defaults to `None`: this group itself.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class ParamGroup:
         self.variables: list[Any] = []
         self.selected: dict[str, Any] | None = None  # what it selected before it was saved
         self.stored: Any = None  # the state variable that holds the numbers, if there is one
+        self.state_dtype: str | None = INHERITED
         self.changes = 0  # how often a number was set
         self.is_constant = False  # whether the last compiled step holds the numbers as constants
-        self._implementation: dict[str, Any] = {}  # PyTorch's choices of one, without effect here
+        self._implementation: dict[str, Any] = {}  # PyTorch's choices, without effect here
         self._given: dict[str, Any] = {
             "learning_rate": None,
             "learning_rate_multiplier": 1.0,
@@ -71,11 +74,11 @@ class ParamGroup:
     # Numbers
 
     def given(self, name: str) -> Any:
-        """Return a number as it was last given, without a look at what is stored."""
+        """Return a number as it was last given, whatever is stored."""
         return self._given[name]
 
     def own(self, name: str) -> Any:
-        """Return the group's own number, as it was given if the one stored is still that one."""
+        """Return the group's own number: as it was given, unless another one was stored since."""
         given = self._given[name]
         numbers = self._read()
         if numbers is None or hyperparameters.is_dynamic(given):
@@ -88,7 +91,7 @@ class ParamGroup:
         if number == _NOT_SET:
             return None
         number = hyperparameters.exact(number)
-        # The decimal that `1 - 0.001` is meant to be: 0.999, not 0.9990000000000000213.
+        # Round to the decimal that was meant: 1 - 0.001 is 0.999, not 0.9990000000000000213.
         return round(1 - number, 12) if name in _STORED_AS_COMPLEMENT else number
 
     def readable(self, name: str) -> Any:
@@ -122,12 +125,12 @@ class ParamGroup:
         return ops.convert_to_tensor(self.current_numbers(), dtype)
 
     def store_numbers(self, numbers: np.ndarray) -> None:
-        """Store numbers that `current_numbers` returned, if there is where to store them."""
+        """Store numbers that `current_numbers` returned, if the group stores any."""
         if self.stored is not None:
             self.stored.assign(numbers)
 
     def renew_numbers(self) -> None:
-        """Store our own number where one was loaded that is none: a schedule's or a callable's."""
+        """Store the group's own numbers if a loaded one only stands for a schedule or a callable."""
         if self.stored is not None and _ASKED in ops.convert_to_numpy(self.stored):
             self.stored.assign(self.current_numbers())
 
@@ -152,25 +155,25 @@ class ParamGroup:
         """Return the scalars of step `t`.
 
         Args:
-            compute: `rule.step_scalars`, or what a backend has in its place.
-            learning_rate: The optimizer's current one.
-            iterations: What a schedule is asked with.
+            compute: `rule.step_scalars`, or a backend's own version.
+            learning_rate: The optimizer's current learning rate.
+            iterations: The count that schedules take.
             t: Scalar tensor.
             dtype: Dtype of the scalars.
             compiling: Whether what is read here is frozen into a compiled step.
             for_kernel: Whether the update is done by a kernel that takes the betas in `dtype`. Defaults to `False`.
         """
-        now = self._now(iterations, dtype, compiling)
+        numbers = self._numbers_in_step(iterations, dtype, compiling)
         if self.stored is None:
-            rate, factor = now["learning_rate"], now["learning_rate_multiplier"]
+            rate, factor = numbers["learning_rate"], numbers["learning_rate_multiplier"]
             if rate is None:
                 rate = learning_rate if factor == 1 else ops.cast(learning_rate, dtype) * factor
         elif hyperparameters.is_dynamic(self._given["learning_rate"]):
-            rate = now["learning_rate"]
+            rate = numbers["learning_rate"]
         else:
-            following = ops.cast(learning_rate, dtype) * now["learning_rate_multiplier"]
-            rate = ops.where(now["learning_rate"] < 0, following, now["learning_rate"])
-        rates = [now["beta_1"], now["beta_2"]]
+            following = ops.cast(learning_rate, dtype) * numbers["learning_rate_multiplier"]
+            rate = ops.where(numbers["learning_rate"] < 0, following, numbers["learning_rate"])
+        rates = [numbers["beta_1"], numbers["beta_2"]]
         if for_kernel:
             rates = [rule.representable(rate_, dtype) for rate_ in rates]
         return compute(
@@ -178,24 +181,24 @@ class ParamGroup:
             learning_rate=rate,
             rate_1=rates[0],
             rate_2=rates[1],
-            epsilon=now["epsilon"],
-            weight_decay=now["weight_decay"],
+            epsilon=numbers["epsilon"],
+            weight_decay=numbers["weight_decay"],
             t=t,
             dtype=dtype,
         )
 
-    def _now(self, iterations, dtype: str, compiling: bool) -> dict[str, Any]:
+    def _numbers_in_step(self, iterations, dtype: str, compiling: bool) -> dict[str, Any]:
         """Return each number's value in this step, the betas as their complements."""
         if compiling:
             self.is_constant = self.stored is None
-        now = {}
+        numbers = {}
         for i, (name, given) in enumerate(self._given.items()):
             if self.stored is not None and not hyperparameters.is_dynamic(given):
-                now[name] = ops.cast(self.stored[i], dtype)
+                numbers[name] = ops.cast(self.stored[i], dtype)
                 continue
             value = hyperparameters.resolve(name, given, iterations, compiling)
-            now[name] = rule.complement(value) if name in _STORED_AS_COMPLEMENT else value
-        return now
+            numbers[name] = rule.complement(value) if name in _STORED_AS_COMPLEMENT else value
+        return numbers
 
     # PyTorch's choices of an implementation
 
@@ -204,19 +207,19 @@ class ParamGroup:
         return {**IMPLEMENTATION, **self.default._implementation, **self._implementation}
 
     def set_implementation(self, choices: Mapping[str, Any]) -> None:
-        """Set some of the choices, checked beside the others."""
+        """Set some of the choices, checked together with the others."""
         check_implementation({**self.implementation(), **choices})
         self._implementation |= check_implementation(choices)
 
     def unusual_implementation(self) -> dict[str, Any]:
-        """Return the choices in which the group differs from the default group, or that one from PyTorch's defaults."""
+        """Return the choices that differ from the default group's; for that group, from PyTorch's defaults."""
         usual = IMPLEMENTATION if self.is_default else self.default.implementation()
         return {name: x for name, x in self.implementation().items() if x != usual[name]}
 
     # Configuration
 
     def get_config(self, known) -> dict[str, Any]:
-        """Return what makes an equal group, as `param_groups` takes it.
+        """Return a dictionary for `param_groups` that makes an equal group.
 
         `known` are the variables that the optimizer was built for.
         """
@@ -226,8 +229,8 @@ class ParamGroup:
             for variable in known:
                 if path_of(variable) in paths and not any(variable is v for v in self.variables):
                     raise ValueError(
-                        "A parameter group is saved by the paths of its variables, which must be their own. Received: "
-                        f"'{path_of(variable)}' for a variable of the group and for another one"
+                        "A parameter group is saved by the paths of its variables, which no other variable may have. "
+                        f"Received: '{path_of(variable)}' in the group and outside it"
                     )
             config["selected"] = {"paths": paths, "among": [path_of(v) for v in known]}
         elif self.selected:
@@ -242,6 +245,8 @@ class ParamGroup:
         for name, value in self.options._asdict().items():
             if value != getattr(self.default.options, name):
                 config[name] = value
+        if self.state_dtype != INHERITED:
+            config["state_dtype"] = self.state_dtype
         return config | self.unusual_implementation()
 
     def _selector_config(self):
@@ -257,7 +262,7 @@ class ParamGroup:
 
 
 def parse(label: str, spec: Mapping[str, Any], default: ParamGroup) -> ParamGroup:
-    """Make a group of a user's dictionary, the argument `label`; what it does not say is as in `default`."""
+    """Make a group of a user's dictionary; errors name it `label`, and missing values are those of `default`."""
     if not isinstance(spec, Mapping) or "params" not in spec:
         raise ValueError(
             f"`{label}` must be a dictionary with the key 'params'. Received: {spec!r}"
@@ -271,7 +276,7 @@ def parse(label: str, spec: Mapping[str, Any], default: ParamGroup) -> ParamGrou
     if "betas" in given:
         given |= check_betas(given.pop("betas"), label)
     implementation = {name: given.pop(name) for name in IMPLEMENTATION if name in given}
-    known = ("params", *NUMERIC, *rule.Options._fields)
+    known = ("params", *NUMERIC, *rule.Options._fields, "state_dtype")
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -292,6 +297,9 @@ def parse(label: str, spec: Mapping[str, Any], default: ParamGroup) -> ParamGrou
         options = check_options(default.options, choices)
         group = ParamGroup(numeric, options, selection.check(given["params"]), default)
         group.set_implementation(implementation)
+        if "state_dtype" in given:
+            dtype = given["state_dtype"]
+            group.state_dtype = hyperparameters.check_choice("state_dtype", dtype, STATE_DTYPES)
     except (TypeError, ValueError) as error:
         raise type(error)(f"In `{label}`: {error}") from None
     group.selected = selected
@@ -302,7 +310,7 @@ def assign(groups: list[ParamGroup], default: ParamGroup, variables) -> list[Par
     """Return each variable's group: the first that selects it, else the default one.
 
     Raises:
-        ValueError: If a group of `groups` gets no variable, or one is named as an object in two groups.
+        ValueError: If a group of `groups` gets no variable, or two groups name the same variable.
     """
     places = selection.assign([g.selector for g in groups], [g.selected for g in groups], variables)
     return [default if place is None else groups[place] for place in places]
@@ -334,7 +342,7 @@ def check_options(default: rule.Options, choices: dict[str, Any]) -> rule.Option
 
 
 def check_implementation(choices: Mapping[str, Any]) -> dict[str, Any]:
-    """Return PyTorch's choices of an implementation, checked; those that are not among them are left out."""
+    """Return those of `choices` that are PyTorch's choices of an implementation, checked."""
     checked = {}
     for name, default in IMPLEMENTATION.items():
         if name in choices:

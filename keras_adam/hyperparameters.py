@@ -1,4 +1,4 @@
-"""What a hyperparameter may be, checked once at the door, and what it is worth in the current step."""
+"""Hyperparameters: checked when they are given, and resolved to their values in a step."""
 
 import math
 import numbers
@@ -12,7 +12,7 @@ from keras.optimizers.schedules import LearningRateSchedule
 # Anything a user may pass: a number, a scalar tensor, a schedule, or a callable without arguments.
 Hyperparameter = Any
 
-# The numbers that an update is computed with are float32, but beside variables of float64.
+# An update is computed with float32 numbers, unless its variable is float64.
 _LARGEST = float(np.finfo(np.float32).max)
 _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "learning_rate": (">= 0 and finite", lambda x: x >= 0),
@@ -30,17 +30,17 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def is_dynamic(value: Hyperparameter) -> bool:
-    """Whether `value` is asked again at each step: a schedule or a callable."""
+    """Whether `value` is called at each step: a schedule or a callable."""
     return isinstance(value, LearningRateSchedule) or callable(value)
 
 
 def shown(value: Any) -> str:
-    """Return a schedule's or a callable's name, or else its class's; of anything else its `repr`."""
+    """Return the `repr`; for a schedule or a callable, its name or its class's name."""
     return getattr(value, "__name__", type(value).__name__) if is_dynamic(value) else repr(value)
 
 
 def readable(read: Callable[[], Any], given: Any) -> Any:
-    """Return what `read` does; `given` in a traced step or a trainer on JAX, where there is no number to read."""
+    """Return `read()`, or `given` where no number can be read: in a traced step, or during `fit` on JAX."""
     try:
         return read()
     except Exception:  # each backend has its own for a tensor without a value
@@ -66,7 +66,7 @@ def check(name: str, value: Hyperparameter) -> Hyperparameter:
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """Return the one of `choices` that `value` is, so that NumPy's booleans serve too; raise for anything else."""
+    """Return the choice that `value` equals, a boolean of NumPy included; raise for anything else."""
     for choice in choices:
         if isinstance(value, str) == isinstance(choice, str) and _same(value, choice):
             return choice
@@ -86,9 +86,9 @@ def check_count(name: str, value: Any, minimum: int) -> int | None:
 def resolve(
     name: str, value: Hyperparameter, iterations: Any, compiling: bool
 ) -> Hyperparameter | None:
-    """Return what `value` is worth in this step: a float, or a scalar tensor.
+    """Return the value in this step: a float, or a scalar tensor.
 
-    A callable's Python number would be frozen into a compiled step, where it is read only once, so there it is refused.
+    A compiled step would call a callable once and freeze a Python number, so there such a callable is refused.
     """
     if isinstance(value, LearningRateSchedule):
         return value(iterations)
@@ -99,10 +99,9 @@ def resolve(
         return result
     if compiling:
         raise ValueError(
-            f"`{name}` is a callable that returns a Python number: a compiled train step would call it once and keep "
-            "that value for ever. Use a `keras.optimizers.schedules.LearningRateSchedule`, set the hyperparameter "
-            "between steps, return a tensor computed from the optimizer's variables, or compile the model with "
-            f"`run_eagerly=True`. Received: {name}={value} returning {result!r}"
+            f"`{name}` is a callable that returns a Python number, which a compiled train step would keep for ever. "
+            "Return a tensor or a variable, or use a `keras.optimizers.schedules.LearningRateSchedule`. "
+            f"Received: {name}={value} returning {result!r}"
         )
     return check_number(name, result)
 
@@ -110,8 +109,8 @@ def resolve(
 def exact(stored: Any, given: float | None = None) -> float:
     """Return the Python float that a stored scalar stands for.
 
-    0.001 stored in float32 reads as 0.0010000000474974513. `given`, the number that was stored, is returned if the
-    stored value is still that one; else the shortest decimal that names the stored value, which is what was meant.
+    0.001 stored in float32 reads as 0.0010000000474974513. If the stored value still is that of `given`, `given` is
+    returned; otherwise the shortest decimal that names the stored value.
     """
     stored = np.asarray(stored)
     if given is not None and np.asarray(given, stored.dtype) == stored:
@@ -122,7 +121,7 @@ def exact(stored: Any, given: float | None = None) -> float:
 def _as_number(name: str, value: Any) -> float:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
-    if hasattr(value, "detach"):  # PyTorch's, which may meet any backend in a state dict
+    if hasattr(value, "detach"):  # a tensor of PyTorch, which a state dict brings to any backend
         value = value.detach().cpu().numpy()
     if isinstance(value, keras.Variable | np.ndarray | np.generic) or keras.ops.is_tensor(value):
         array = np.asarray(keras.ops.convert_to_numpy(value))

@@ -1,4 +1,4 @@
-"""Keras's vocabulary: the entry points of an optimizer of Keras, and its hooks."""
+"""Keras's vocabulary: the entry points and the hooks of Keras's optimizers."""
 
 from typing import Any
 
@@ -12,11 +12,9 @@ from keras_adam.state import State, check_given_once
 from keras_adam.step import Step
 from keras_adam.step_config import StepConfig
 
-_EMPTIED = "If this comes from `fit`, Keras has emptied the model meanwhile: load its weights again"
-
 
 class KerasVocabulary(State):
-    """Methods with the names of `keras.optimizers.Optimizer`'s; each hands on to a `Step` or an `Engine`."""
+    """The methods of `keras.optimizers.Optimizer`; each calls a `Step` or an `Engine`."""
 
     _own_hooks: dict[str, Any]  # as they are when the package is imported
 
@@ -35,27 +33,33 @@ class KerasVocabulary(State):
         """Update the variables by one step.
 
         Args:
-            grads: List of gradients, each of its variable's shape; None leaves its variable as it is. They are not
-                written to. TensorFlow's `IndexedSlices` and JAX's `BCOO` serve too.
+            grads: List of gradients, each of its variable's shape; None leaves its variable as it is. Gradients are
+                not written to. TensorFlow's `IndexedSlices` and JAX's `BCOO` are gradients too.
             trainable_variables: List of variables, one per gradient. Defaults to those that the optimizer was built
                 with; given on the first call, they build it.
 
         Raises:
-            ValueError: If the numbers of gradients and variables differ, a variable is not known or stands twice, or
+            ValueError: If the numbers of gradients and variables differ, a variable is unknown or is given twice, or
                 no variable has a gradient.
         """
         grads = list(grads)
         if not grads:
             return
-        with keras_private.without_autocast():
-            variables = self._variables_for(grads, trainable_variables)
-            config = self.__dict__.get("_step_config")
-            if config is None:  # kept until an option is set
-                config = self.__dict__["_step_config"] = StepConfig.of(self)
-            self._engine.run(self._take_step, grads, variables, config)
+        if keras_private.autocast_scope() is not None:
+            with keras_private.without_autocast():
+                self._apply(grads, trainable_variables)
+        else:
+            self._apply(grads, trainable_variables)
+
+    def _apply(self, grads, trainable_variables) -> None:
+        variables = self._variables_for(grads, trainable_variables)
+        config = self.__dict__.get("_step_config")
+        if config is None:  # kept until an option is set
+            config = self.__dict__["_step_config"] = StepConfig.of(self)
+        self._engine.run(self._take_step, grads, variables, config)
 
     def _take_step(self, grads, variables, config: StepConfig) -> None:
-        """Take one step, as it may be compiled."""
+        """Take one step; a compiled step traces this."""
         if self._engine.is_compiling():
             self._trace.note(self._dynamic_rate())
         is_lazy = config.lazy and not self._overrides_update()
@@ -74,28 +78,7 @@ class KerasVocabulary(State):
             grads: List of gradients, one for each trainable variable, in the order of the last `build`.
             trainable_variables: List of tensors, one for each trainable variable, in the same order.
         """
-        if self._parameters and len(trainable_variables) != len(self._trainable_variables):
-            raise ValueError(
-                f"The optimizer was built for {len(self._trainable_variables)} variables. Received: "
-                f"{len(trainable_variables)} trainable variables. {self._own_optimizer()} If layers were unfrozen "
-                "since, call `optimizer.add_param_group({'params': layer_or_variables})`; if layers were frozen, "
-                f"`optimizer.build(model.trainable_variables)`; the state stays. {_EMPTIED}"
-            )
-        for variable, value in zip(self._trainable_variables, trainable_variables, strict=False):
-            if not variable.trainable:
-                raise ValueError(
-                    f"'{path_of(variable)}' is not trainable any more, so that it cannot be told which variables the "
-                    f"values are of. {self._own_optimizer()} If layers of this one were frozen, call "
-                    "`optimizer.build(model.trainable_variables)`, and before it "
-                    "`optimizer.add_param_group({'params': layer_or_variables})` for those unfrozen; the state stays"
-                )
-            shape = np.shape(value)
-            if shape != tuple(variable.shape):
-                raise ValueError(
-                    "`trainable_variables` must be the values of the variables that the optimizer was built for, in "
-                    f"that order. {self._own_optimizer()} Received: a value of shape {shape} for "
-                    f"'{path_of(variable)}', which has {tuple(variable.shape)}. {_EMPTIED}"
-                )
+        self._check_values(list(map(np.shape, trainable_variables)))
         # Only for this call: a group added since must still be met by the next `fit`, which builds.
         is_met = bool(self._parameters) or not trainable_variables
         built, self.built = self.built, self.built or is_met
@@ -103,6 +86,35 @@ class KerasVocabulary(State):
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
         finally:
             self.built = built
+
+    def _check_values(self, shapes: list[tuple[int, ...]]) -> None:
+        """Raise if values of these shapes cannot be those of the last `build`'s variables, all still trainable."""
+        variables = self._trainable_variables
+        frozen = next((v for v in variables if not v.trainable), None)
+        pairs = zip(variables, shapes, strict=False)
+        misfit = next(((v, shape) for v, shape in pairs if shape != tuple(v.shape)), None)
+        if self._parameters and len(shapes) != len(variables):
+            received = f"{len(shapes)} values"
+        elif frozen is not None:
+            received = f"values while '{path_of(frozen)}' is frozen"
+        elif misfit is not None:
+            variable, shape = misfit
+            received = f"a value of shape {shape} for '{path_of(variable)}' of shape {tuple(variable.shape)}"
+        else:
+            return
+        trainable = [tuple(p.variable.shape) for p in self._parameters if p.variable.trainable]
+        if sorted(shapes) == sorted(trainable):
+            way_out = "Call `optimizer.build(model.trainable_variables)`; the state stays."
+        else:
+            way_out = (
+                f"{self._own_optimizer()} For layers that were unfrozen, call "
+                "`optimizer.add_param_group({'params': layer_or_variables})`."
+            )
+        raise ValueError(
+            f"`trainable_variables` must be the values of the {len(variables)} trainable variables that the optimizer "
+            f"was last built for. {way_out} If `fit` raised this, the model is empty: call `load_weights`. "
+            f"Received: {received}"
+        )
 
     def _variables_for(self, grads, trainable_variables):
         if trainable_variables is None:
@@ -133,7 +145,7 @@ class KerasVocabulary(State):
         """Return the learning rate if it is a schedule or a callable, which a compiled step keeps; else None."""
         return self._learning_rate if hyperparameters.is_dynamic(self._learning_rate) else None
 
-    # Hooks: what a subclass has of its own is called in place of these
+    # Hooks that a subclass may override
 
     def update_step(self, gradient, variable, learning_rate) -> None:
         """Update one variable and its moments; a subclass may override it, and call this one.
@@ -141,7 +153,7 @@ class KerasVocabulary(State):
         Args:
             gradient: Tensor of the variable's shape.
             variable: One of the variables that the optimizer was built with.
-            learning_rate: Number or scalar tensor; a group's own learning rate, where it has one, stands above it.
+            learning_rate: Number or scalar tensor; a group with its own learning rate ignores it.
         """
         self._engine.update_one(gradient, variable, self._engine.scalars(learning_rate))
 
@@ -172,14 +184,14 @@ class KerasVocabulary(State):
         self._engine.assign(variable, value)
 
     def _overrides(self, *hooks: str) -> bool:
-        """Whether one of the hooks is not ours: a subclass's, this very optimizer's, or put into our class."""
+        """Whether one of the hooks was replaced: in a subclass, on this optimizer, or in our class."""
         return any(
             name in self.__dict__ or getattr(type(self), name) is not self._own_hooks[name]
             for name in hooks
         )
 
     def _overrides_update(self) -> bool:
-        """Whether variables are to be updated one by one, through a hook that a subclass has of its own."""
+        """Whether a hook that sees each variable was replaced, so that they are updated one by one."""
         return self._overrides("update_step", "assign", "assign_sub")
 
     @keras_private.without_autocast()
@@ -190,8 +202,8 @@ class KerasVocabulary(State):
             var_list: List of the model's trainable variables.
 
         Raises:
-            ValueError: If the train step was compiled before the learning rate became a schedule, or another one, or
-                before a group of these variables was added, so that it knew nothing of that.
+            ValueError: If the train step was compiled before the schedule of the learning rate was set, or before a
+                group of these variables was added.
         """
         if self._engine.was_emptied():  # an error from here would hide the trainer's own
             return

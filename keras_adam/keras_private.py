@@ -1,8 +1,8 @@
-"""What of Keras's insides this package relies on: if some of it goes, importing the package says so."""
+"""The parts of Keras's insides that this package relies on, checked when it is imported."""
 
 import contextlib
 import inspect
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import keras
 from keras.src.backend.common import global_state, variables
@@ -14,8 +14,8 @@ PYTORCH = ">=2.4"
 
 _ANY_NUMBER = [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
 
-# Each method of `keras.optimizers.Optimizer` that is replaced or called, with the parameters relied on. Some are
-# public: they are replaced by methods that take the same.
+# Each method of `keras.optimizers.Optimizer` that is replaced or called, with the parameters relied on. Public ones
+# are replaced by methods with the same parameters.
 HOOKS = {
     "_backend_update_step": ("self", "grads", "trainable_variables", "learning_rate"),
     "_check_super_called": ("self",),
@@ -46,7 +46,7 @@ HOOKS = {
     "stateless_apply": ("self", "optimizer_variables", "grads", "trainable_variables"),
     "update_step": ("self", "gradient", "variable", "learning_rate"),
 }
-# Those that a step calls. One that a subclass has of its own must be called in each step.
+# The hooks that a step calls. If a subclass overrides one, each step must call it.
 STEP_HOOKS = (
     "_backend_update_step",
     "_clip_gradients",
@@ -77,11 +77,16 @@ ATTRIBUTES = {
 }
 
 
+def autocast_scope() -> Any:
+    """Return the scope in which a layer of mixed precision casts variables, or None."""
+    return global_state.get_global_attribute("autocast_scope")
+
+
 @contextlib.contextmanager
 def without_autocast():
-    """Let variables give their own value and dtype, where a layer of mixed precision would have copies of another.
+    """Let variables return their own value and dtype, within a layer of mixed precision too.
 
-    Not `AutocastScope(None)`, under which all of them say that they are of `keras.config.floatx()`.
+    `AutocastScope(None)` is no help: under it, each variable says that its dtype is `keras.config.floatx()`.
     """
     scope = global_state.get_global_attribute("autocast_scope")
     if scope is None:
@@ -106,10 +111,10 @@ def _check_hooks() -> None:
         hook = getattr(keras.optimizers.Optimizer, name, None)
         if hook is None:
             _refuse(f"keras.optimizers.Optimizer has no `{name}`")
-        found = inspect.signature(hook).parameters
-        if [x.kind for x in found.values()] == _ANY_NUMBER:
-            continue  # of another library, which hands on whatever it gets
-        names, further = tuple(found), list(found.values())[len(parameters) :]
+        actual = inspect.signature(hook).parameters
+        if [x.kind for x in actual.values()] == _ANY_NUMBER:
+            continue  # a wrapper of another library, which takes anything
+        names, further = tuple(actual), list(actual.values())[len(parameters) :]
         if names[: len(parameters)] != parameters or any(map(_is_required, further)):
             _refuse(
                 f"keras.optimizers.Optimizer.{name} takes ({', '.join(names)}) instead of ({', '.join(parameters)})"
@@ -121,8 +126,8 @@ def _is_required(parameter: inspect.Parameter) -> bool:
 
 
 def _check_attributes() -> None:
-    # The names in the compiled methods. An instance would tell more, but has variables, and an import that makes those
-    # would start the backend's devices.
+    # Look for the names in the compiled methods. An instance would show more, but making its variables would start
+    # the backend's devices at import.
     for name, owner in ATTRIBUTES.items():
         methods = (x for c in owner.__mro__ for x in vars(c).values() if inspect.isfunction(x))
         if not any(name in inspect.unwrap(m).__code__.co_names for m in methods):
@@ -133,7 +138,7 @@ def _check_scopes() -> None:
     with variables.AutocastScope("float16"), without_autocast():
         if variables.get_autocast_scope() is not None:
             _refuse("an AutocastScope is not kept as the global attribute `autocast_scope`")
-    # Else the outermost would initialize the variables that wait for it.
+    # With initialization, the outermost scope would initialize the variables that wait for it.
     outer, inner = (keras.StatelessScope(initialize_variables=False) for _ in range(2))
     with outer, inner:
         if getattr(inner, "original_scope", None) is not outer:

@@ -1,4 +1,4 @@
-"""State saved, and read back: all of it, or none; what is loaded before `build` waits for it."""
+"""Saving and loading of state: all of it, or none. State that is loaded before `build` waits for it."""
 
 import warnings
 from typing import Any
@@ -11,6 +11,7 @@ from keras_adam import checkpoint
 from keras_adam.checkpoint import Entry, Saved
 from keras_adam.groups import ParamGroup
 from keras_adam.paths import path_of
+from keras_adam.storage import MOMENTS
 
 _OF_LATE_VARIABLES = "start"
 _OF_GROUPS = "hyperparameters"
@@ -22,8 +23,10 @@ class Loading:
     def __init__(self, optimizer):
         self._optimizer = optimizer
         self._pending: list[Saved] | None = None
-        self._is_copy = False  # whether that came with this optimizer, which is a copy
-        self._before_pending: list[Any] = []  # values of what there was without variables
+        self._is_copy = False  # whether the pending state came with this optimizer, which is a copy
+        self._before_pending: list[
+            Any
+        ] = []  # values of the scalars before the pending state was loaded
         self._changes: dict[
             ParamGroup, int
         ] = {}  # how often each group was set when that was loaded
@@ -34,7 +37,7 @@ class Loading:
         if self._pending is None:
             checkpoint.save(store, state)
             return
-        # What was loaded and waits for `build` is the state, but for the scalars, which may have been set since.
+        # The pending state is the state, except for the scalars, which may have been set since.
         scalars = {s.role: s for s in state}
         checkpoint.save(store, [scalars.get(s.role, s) for s in self._pending])
 
@@ -55,12 +58,12 @@ class Loading:
             if self._pending is None:
                 self._before_pending = before
             self._pending = None if checkpoint.is_beginning(saved) else saved
-            # Where no paths are told, as in a file of Keras's Adam, order must do.
+            # State without paths, as from Keras's Adam, is matched by order.
             self._is_copy = any(s.path for s in saved) and checkpoint.is_of_copy(store)
             self._changes = {g: g.changes for g in optimizer._groups}
 
     def check_copy(self, variables) -> None:
-        """Raise a ValueError if this is a copy with other variables' state; an unused one becomes as good as new."""
+        """Raise a ValueError if this is a copy with other variables' state; an unused copy drops its state."""
         if not self._is_copy:
             return
         optimizer, saved = self._optimizer, self._pending or []
@@ -80,7 +83,7 @@ class Loading:
             self._pending, self._is_copy = None, False
 
     def load_pending(self) -> None:
-        """Assign what was loaded before the optimizer was built, but for numbers that were set since."""
+        """Assign the pending state, except numbers that were set since it was loaded."""
         if self._pending is None:
             return
         saved, self._pending = self._pending, None
@@ -117,16 +120,16 @@ class Loading:
             )
         saved = []
         for array, entry in zip(arrays, entries, strict=True):
-            # Whole numbers serve for floats here, as they do everywhere in Python.
+            # Accept whole numbers for floats, as Python does.
             is_float = keras.backend.is_float_dtype(entry.variable.dtype)
             widen = is_float and array.dtype.kind in "iu"
             saved.append(Saved("", "", array.astype("float64") if widen else array))
         self._assign(checkpoint.match(saved, entries, optimizer.name))
 
     def check_joined(self, updates: list[int]) -> None:
-        """Raise if a compiled step, which knows who joined with whom, would not notice that this changes.
+        """Raise if a step was compiled for other variables joining together, which would not notice the change.
 
-        `updates` tells at which update each variable is to have joined.
+        `updates` holds the update at which each variable is to have joined.
         """
         parameters = self._optimizer._parameters
         of_each = parameters.joined_at(updates)[1]
@@ -138,12 +141,12 @@ class Loading:
             )
 
     def set_joined(self, updates: list[int]) -> None:
-        """Let each variable have joined at the update given, 0 being the beginning."""
+        """Set the update at which each variable joined; 0 is the beginning."""
         self._optimizer._parameters.set_joined(updates)
         self._optimizer._engine.forget()
 
     def _load(self, saved: list[Saved], by_name: bool = False) -> None:
-        """Assign what was saved; when each variable joined is told by the marks on the momenta."""
+        """Assign what was saved; marks on the momenta say when each variable joined."""
         optimizer = self._optimizer
         if checkpoint.is_beginning(saved):
             self._load_beginning(saved)
@@ -153,7 +156,7 @@ class Loading:
         entries = [e for e in self._entries_in_order() if not e.role.startswith(_OF_LATE_VARIABLES)]
         if not any(s.role.startswith(_OF_GROUPS) for s in saved):
             without = [e for e in entries if not e.role.startswith(_OF_GROUPS)]
-            # A store that tells no roles, which only HDF5 does, holds them if it holds as many arrays as there are.
+            # A store without roles (only HDF5 has them) holds the groups' numbers if it has enough arrays.
             if any(s.role for s in saved) or len(saved) <= len(without):
                 entries = without
         pairs = checkpoint.match(saved, entries, optimizer.name, by_name)
@@ -174,7 +177,7 @@ class Loading:
         self.set_joined(updates)
 
     def _starts_in(self, saved: list[Saved]) -> dict[str, int]:
-        """Return at which updates variables joined, by role; one that no momentum refers to is refused."""
+        """Return the updates at which variables joined, by role; one to which no momentum refers is refused."""
         optimizer = self._optimizer
         dtype = keras.backend.standardize_dtype(optimizer._iterations.dtype)
         starts = {
@@ -192,7 +195,7 @@ class Loading:
         return starts
 
     def _load_scalars(self, saved: list[Saved]) -> None:
-        """Assign what there is without variables: the count of iterations and the learning rate."""
+        """Assign the scalars that exist before `build`: the count of iterations and the learning rate."""
         optimizer = self._optimizer
         known = {"iteration": optimizer._iterations, "learning_rate": optimizer._learning_rate}
         pairs = []
@@ -204,7 +207,7 @@ class Loading:
         checkpoint.assign(pairs)
 
     def _load_beginning(self, saved: list[Saved]) -> None:
-        """Take over the state of an optimizer that was not built: no moments yet, and all here from the beginning."""
+        """Take over the state of an optimizer that was not built: no moments, and no late variables."""
         optimizer = self._optimizer
         updates = [0] * len(optimizer._parameters)
         self.check_joined(updates)
@@ -215,14 +218,16 @@ class Loading:
         self.set_joined(updates)
 
     def _assign(self, pairs) -> None:
-        """Give the state what was saved, and the groups their own numbers where that holds none."""
+        """Assign the saved state; groups keep their own numbers where it holds none."""
         checkpoint.assign(pairs)
         for group in self._optimizer._groups:
             group.renew_numbers()
 
     def _entries(self) -> list[Entry]:
         """Describe each state variable, in the order of `optimizer.variables`."""
-        described = {id(entry.variable): entry for entry in self._described()}
+        described = {
+            id(e.variable): e._replace(storage=None, scale=None) for e in self._described()
+        }
         return [
             described.get(id(variable), Entry("other", "", variable))
             for variable in self._optimizer.variables
@@ -231,20 +236,27 @@ class Loading:
     def _entries_in_order(self) -> list[Entry]:
         """Describe each state variable, in the order in which an optimizer built anew would make them.
 
-        A group that was added has put its variables' state behind all else; a store that tells no roles is read by
-        order, in which it must not matter when they were added.
+        The state of a group that was added comes after all else in `optimizer.variables`. A store without roles is read
+        by order, which must not depend on when groups were added.
         """
         described = self._described()
         place = {id(e.variable): i for i, e in enumerate(described) if e.role not in self._added()}
-        return sorted(self._entries(), key=lambda e: place.get(id(e.variable), len(described)))
+        whole = {id(e.variable): e for e in described}
+        scales = {
+            id(e.scale) for e in described if e.scale is not None
+        }  # these go with their codes
+        entries = [
+            whole.get(id(e.variable), e) for e in self._entries() if id(e.variable) not in scales
+        ]
+        return sorted(entries, key=lambda e: place.get(id(e.variable), len(described)))
 
     def _added(self) -> set[str]:
-        """Return the roles of the scalars that stand where they were added."""
+        """Return the roles of the scalars that stay where they were added."""
         starts = range(len(self._optimizer._parameters.joinings))
         return {"skipped_steps", *(f"{_OF_LATE_VARIABLES}_{i}" for i in starts)}
 
     def _described(self) -> list[Entry]:
-        """Describe each state variable that is known here: those of a build first, in its order."""
+        """Describe each state variable that is known here; those that `build` makes come first, in its order."""
         optimizer, parameters = self._optimizer, self._optimizer._parameters
         default = optimizer._default_group
         described = [
@@ -255,7 +267,11 @@ class Loading:
         for p, role, array in parameters.in_build_order():
             start = starts[id(p)] if role == "momentum" else None
             frozen = not p.variable.trainable
-            described.append(Entry(role, path_of(p.variable), array, start, frozen))
+            entry = Entry(role, path_of(p.variable), array, start, frozen)
+            if role in MOMENTS and p.scales(role):
+                slot = getattr(p, role)
+                entry = entry._replace(storage=slot.storage, scale=slot.arrays[1])
+            described.append(entry)
         numbers = {g: f"{_OF_GROUPS}_{i}" for i, g in enumerate(optimizer._selecting_groups())}
         for group in optimizer._groups:
             role = _OF_GROUPS if group is default else numbers[group]

@@ -10,6 +10,7 @@ from keras_adam.group_view import check_held
 from keras_adam.keras_api import KerasVocabulary
 from keras_adam.selection import DecayExclusions
 from keras_adam.settings import Setting
+from keras_adam.storage import STATE_DTYPES
 from keras_adam.torch_api import TorchVocabulary
 
 
@@ -41,14 +42,21 @@ class _SkipNonfinite(Setting):
         optimizer._count_skipped_steps()
 
 
+class _Lazy(Setting):
+    """The option that decides, of state in 8 bits, whether a block may go beyond a row."""
+
+    def decides_state(self, optimizer):
+        return any(optimizer._state_dtype_of(group) == "8bit" for group in optimizer._groups)
+
+
 @keras.saving.register_keras_serializable("keras_adam")
 class Adam(TorchVocabulary, KerasVocabulary):
     """Adam: a drop-in for `keras.optimizers.Adam` with the options of `torch.optim.Adam`.
 
     With its defaults it computes what `keras.optimizers.Adam` computes, on each backend. The hyperparameters
     `learning_rate`, `beta_1`, `beta_2`, `epsilon` and `weight_decay` each take a number, a scalar tensor, a
-    `keras.optimizers.schedules.LearningRateSchedule`, or a callable without arguments that returns one of the former
-    two. All arithmetic is done in float32 at least, so that float16 and bfloat16 variables train.
+    `keras.optimizers.schedules.LearningRateSchedule`, or a callable without arguments that returns a number or a
+    scalar tensor. All arithmetic is done in float32 at least, so that float16 and bfloat16 variables train.
 
     Args:
         learning_rate: Step size. Defaults to `0.001`.
@@ -67,8 +75,8 @@ class Adam(TorchVocabulary, KerasVocabulary):
         ema_momentum: Decay rate of that average, in [0, 1]. Defaults to `0.99`.
         ema_overwrite_frequency: Number of updates after which the weights are overwritten with their average, each
             time. Defaults to `None`: only at the end of `fit`.
-        loss_scale_factor: Factor by which the loss is multiplied before, and the gradients are divided after,
-            differentiation. Defaults to `None`.
+        loss_scale_factor: Factor by which the loss is multiplied; the gradients are divided by it again. Defaults to
+            `None`.
         gradient_accumulation_steps: Number (at least 2) of calls whose mean gradient makes one update. Defaults to
             `None`: each call updates.
         name: Name of the optimizer. Defaults to the class's name.
@@ -81,26 +89,28 @@ class Adam(TorchVocabulary, KerasVocabulary):
         maximize: Whether to ascend the gradient rather than descend it. Defaults to `False`.
         param_groups: List of dictionaries, each `{"params": selector, option: value, ...}`: other hyperparameters for
             some variables. A selector is a regular expression that matches the whole of a variable's `path`, a
-            variable, a layer, a predicate `variable -> bool`, or a list of these; the first group that selects a
-            variable has it, and what no group selects follows this constructor's arguments. The options are
+            variable, a layer, a predicate `variable -> bool`, or a list of these. A variable belongs to the first
+            group that selects it; the others follow this constructor's arguments. The options are
             `learning_rate` (a rate of the group's own), `learning_rate_multiplier` (times the optimizer's current
-            rate), `beta_1`, `beta_2`, `epsilon`, `weight_decay`, `amsgrad`, `decoupled_weight_decay`, `epsilon_hat`
-            and `maximize`; PyTorch's `lr`, `betas` and `eps` serve too. Defaults to `None`: no groups.
+            rate), `beta_1`, `beta_2`, `epsilon`, `weight_decay`, `amsgrad`, `decoupled_weight_decay`, `epsilon_hat`,
+            `maximize` and `state_dtype`; PyTorch's `lr`, `betas` and `eps` work too. Defaults to `None`: no groups.
 
-        state_dtype: Dtype of the moments, `"float32"` or `"bfloat16"`. In bfloat16 they are rounded so that they do not
-            stall: up as often as they are near the upper neighbour. Defaults to `None`: float32 for variables of half
-            precision, else the variable's own.
-        kahan_sum: Whether variables of half precision (bfloat16, float16) keep what rounding takes from them, in a
-            state variable of their dtype, so that steps smaller than their spacing add up. Other variables need no
-            such thing and have none. Defaults to `None`, which is as `True`; `False`: round to nearest.
+        state_dtype: How the moments are kept, `"float32"`, `"bfloat16"` or `"8bit"`; a parameter group may have its
+            own. In bfloat16 they are rounded up or down so that the error is zero on average, and do not stall. In
+            8 bits too, relative to the largest of a block of 256, which takes 2.03 bytes per element for both moments.
+            Variables of float64 and those under 4,096 elements are not kept in 8 bits (with `lazy`, nor those with
+            rows under 64). Defaults to `None`: float32 for variables of half precision, else the variable's own dtype.
+        kahan_sum: Whether variables of half precision (bfloat16, float16) keep their rounding errors, in a state
+            variable of their dtype, so that steps smaller than their spacing add up. Other variables have none.
+            Defaults to `None`, the same as `True`. `False` rounds to nearest.
         skip_nonfinite: Whether a step whose gradients hold an infinity or a NaN changes nothing but
-            `optimizer.skipped_steps`; with `gradient_accumulation_steps`, that gradient is left out, and those
-            accumulated stay. On PyTorch this reads one number per step from the device. Defaults to `False`.
+            `optimizer.skipped_steps`. With `gradient_accumulation_steps`, only that call's gradients are left out. On
+            PyTorch this reads one number per step from the device. Defaults to `False`.
         lazy: Whether a sparse gradient (TensorFlow's `IndexedSlices`, as an embedding has it; JAX's `BCOO`; PyTorch's
             sparse tensors) updates only the rows that it touches, as `torch.optim.SparseAdam` does: the moments of the
             others do not decay, and weight decay leaves them alone. Not with `gradient_accumulation_steps`. Defaults
-            to `False`: the result is that of the dense gradient. A negative index means what it means in the backend's
-            dense gradient, with `lazy` and without: TensorFlow leaves the row out, JAX counts from the end.
+            to `False`: the result is that of the dense gradient. With and without `lazy`, TensorFlow leaves out rows of
+            negative indices, and JAX counts them from the end, as in their dense gradients.
         shard_state: Whether each data-parallel device keeps its part of the state (moments, averages, accumulators,
             compensations) and makes its part of the update (ZeRO, stage 1). On JAX under a `keras.distribution` the
             first axis that the number of devices divides is split, and a variable without such an axis has its
@@ -110,7 +120,7 @@ class Adam(TorchVocabulary, KerasVocabulary):
 
     Raises:
         ValueError: If an argument is out of its range.
-        TypeError: If an argument is of a kind that cannot serve.
+        TypeError: If an argument is of the wrong kind.
 
     References:
         - [Kingma & Ba, 2015: Adam](https://arxiv.org/abs/1412.6980)
@@ -145,10 +155,10 @@ class Adam(TorchVocabulary, KerasVocabulary):
     ema_overwrite_frequency = Setting(settings.count(1))
     loss_scale_factor = Setting(settings.limit)
     gradient_accumulation_steps = Setting(settings.count(2), makes_state=True)
-    state_dtype = Setting(settings.one_of(None, "float32", "bfloat16"), makes_state=True)
+    state_dtype = Setting(settings.one_of(*STATE_DTYPES), makes_state=True)
     kahan_sum = Setting(settings.one_of(None, True, False), makes_state=True)
     skip_nonfinite = _SkipNonfinite(settings.one_of(True, False))
-    lazy = Setting(settings.one_of(True, False))
+    lazy = _Lazy(settings.one_of(True, False))
     shard_state = Setting(settings.one_of(True, False), makes_state=True)
 
     @argument_hints.variables_come_later
@@ -197,7 +207,7 @@ class Adam(TorchVocabulary, KerasVocabulary):
         self._init_groups(numeric, groups.check_options(rule.Options(), choices), param_groups)
         learning_rate = hyperparameters.check("learning_rate", learning_rate)
         dynamic = hyperparameters.is_dynamic(learning_rate)
-        # Checked here, as Keras's constructor has checks of its own, and once more where they are set.
+        # Checked before Keras's constructor makes its own checks; checked again when they are set.
         of_keras = {
             "clipnorm": clipnorm,
             "clipvalue": clipvalue,
@@ -295,11 +305,11 @@ class Adam(TorchVocabulary, KerasVocabulary):
     # Weight decay and groups
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None) -> None:
-        """Exclude variables from weight decay, besides those excluded before.
+        """Exclude variables from weight decay, in addition to those excluded before.
 
         Args:
             var_list: List of variables to exclude. Defaults to None.
-            var_names: List of regular expressions; a variable is excluded if one is found in its `path` or `name`, as
+            var_names: List of regular expressions; a variable is excluded if one is found in its `path` or `name`:
                 `["bias"]` excludes all biases. Defaults to None.
 
         Raises:
@@ -325,7 +335,7 @@ class Adam(TorchVocabulary, KerasVocabulary):
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make an equal optimizer, without its state.
 
-        The keys are those of `keras.optimizers.Adam`; an option that Keras does not have is there if it was changed.
+        The keys are those of `keras.optimizers.Adam`, and those of our own options that were changed.
         """
         config = super().get_config()
         if isinstance(self._learning_rate, keras.Variable):
@@ -342,14 +352,14 @@ class Adam(TorchVocabulary, KerasVocabulary):
             if getattr(self, name) != default:
                 config[name] = getattr(self, name)
         if self._has_groups:
-            of = self._groups.index(self._default_group)
+            place = self._groups.index(self._default_group)
             described = [
                 None if g is self._default_group else g.get_config(self._parameters.variables)
                 for g in self._groups
             ]
-            config["param_groups"] = described[:of]
-            if described[of + 1 :]:
-                config["added_param_groups"] = described[of + 1 :]
+            config["param_groups"] = described[:place]
+            if described[place + 1 :]:
+                config["added_param_groups"] = described[place + 1 :]
         implementation = self._default_group.unusual_implementation()
         if implementation:
             config["torch_implementation"] = implementation
@@ -431,7 +441,7 @@ class AdamW(Adam):
     def with_torch_arguments(
         cls, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, amsgrad=False, **options
     ):
-        """Return an optimizer that computes what `torch.optim.AdamW` does; the arguments are those of `Adam`.
+        """Return an optimizer that computes what `torch.optim.AdamW` does; it takes the arguments of `Adam`'s method.
 
         The defaults are PyTorch's for AdamW: `weight_decay=0.01`, and `decoupled_weight_decay=True`.
         """
@@ -439,7 +449,7 @@ class AdamW(Adam):
         return super().with_torch_arguments(lr, betas, eps, weight_decay, amsgrad, **options)
 
 
-# Those that Keras's Adam does not have, besides those of the rule.
+# Options that Keras's Adam lacks, besides those of the rule.
 _OWN_OPTIONS = {
     "state_dtype": None,
     "kahan_sum": None,
@@ -461,12 +471,12 @@ def _defaults(optimizer_class) -> dict[str, Any]:
 
 
 def _unset_learning_rate() -> float:
-    """Stand for the learning rate while Keras's constructor runs, which takes only a float for a number."""
+    """Stand in for the learning rate while Keras's constructor runs, which accepts no number but a float."""
     return 0.0
 
 
 def _deserialize(config: dict[str, Any], names, custom_objects) -> dict[str, Any]:
-    """Return a copy with the schedules and callables among the named values made again."""
+    """Return a copy in which schedules and callables among the named values are objects again."""
     return {
         name: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
         if name in names and isinstance(value, dict)

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_adam.groups import ParamGroup
-from keras_adam.storage import Storage
+from keras_adam.storage import Spec, Storage
 
-# Which of a record's slots are made first: for all variables their averages, then their accumulators, then both moments
-# of one variable before those of the next, and so on. Keras's Adam makes its state in this order.
+# The order in which slots are made: first the averages of all variables, then their accumulators, then variable by
+# variable both moments, and so on. Keras's Adam makes its state in this order.
 _BUILD_ORDER = (
     ("average",),
     ("accumulator",),
@@ -19,7 +20,6 @@ _BUILD_ORDER = (
     ("value",),
 )
 _ROLES = {"accumulator": "gradient_accumulator"}  # in files, where it is not the slot's name
-MOMENTS = ("momentum", "velocity", "velocity_hat")
 
 # A new variable, its group, and the storage of each of its slots.
 Plan = tuple[Any, ParamGroup, dict[str, Storage]]
@@ -27,7 +27,7 @@ Plan = tuple[Any, ParamGroup, dict[str, Storage]]
 
 @dataclass(eq=False)
 class Slot:
-    """A number per element of a variable: how it is kept, and the variables in which it is."""
+    """A number per element of a variable: how it is kept, and the state variables that hold it."""
 
     storage: Storage
     arrays: tuple[Any, ...]
@@ -41,19 +41,30 @@ class Slot:
         for array, part in zip(self.arrays, self.storage.write(value, dither), strict=True):
             put(array, part)
 
+    def numbers(self, to_host: Callable[[Any], np.ndarray]) -> np.ndarray:
+        """Return what a moment is; `to_host` gives an array's value."""
+        arrays = [to_host(array) for array in self.arrays]
+        return self.storage.numbers(arrays) if len(arrays) > 1 else arrays[0]
+
+    def set_numbers(self, values: np.ndarray) -> None:
+        """Let a moment be these numbers, rounded to nearest."""
+        parts = self.storage.arrays_of(values) if len(self.arrays) > 1 else [values]
+        for array, part in zip(self.arrays, parts, strict=True):
+            array.assign(part)
+
 
 @dataclass(eq=False)
 class Joining:
-    """When some variables joined that came late."""
+    """When some late variables joined."""
 
     update: Any  # a scalar state variable: how many updates there had been
 
 
 @dataclass(eq=False)
 class Parameter:
-    """A variable, its group, when it joined, and what is kept of it.
+    """A variable, its group, when it joined, and its state.
 
-    A slot is None where the variable has no such state; one that is overwritten with its gradient has no moments.
+    A slot is None if the variable has no such state. A variable that is overwritten with its gradient has no moments.
     """
 
     variable: Any
@@ -67,7 +78,7 @@ class Parameter:
     accumulator: Slot | None = None
 
     def had_steps(self, updates: Any) -> bool:
-        """Whether there were updates since it joined late; `updates` is the number of all so far."""
+        """Whether there were updates since it joined late; `updates` is the number of all updates so far."""
         if self.joined is None:
             return False
         joined, now = map(ops.convert_to_numpy, (self.joined.update, updates))
@@ -75,22 +86,27 @@ class Parameter:
 
     @property
     def updated(self) -> list[Slot]:
-        """What a step changes: the value and the moments that there are, in the order of `rule.Moments`."""
+        """The slots that a step changes: the value and the existing moments, in the order of `rule.Moments`."""
         slots = (self.value, self.momentum, self.velocity, self.velocity_hat)
         return [slot for slot in slots if slot is not None]
 
     def array(self, name: str) -> Any:
-        """Return a slot's first state variable, or None; a model's variable itself, or its part, is none."""
+        """Return a slot's first state variable, or None; a model's variable itself, or its part, does not count."""
         slot = getattr(self, name)
         arrays = () if slot is None else slot.arrays[name == "value" :]
         return arrays[0] if arrays else None
+
+    def scales(self, name: str) -> tuple[Any, ...]:
+        """Return the state variable with the scales of a moment that is kept in blocks, if it is."""
+        slot = getattr(self, name)
+        return () if slot is None else slot.arrays[1:]
 
     def state(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         """Give the state variables of the slots named, each with its role in files."""
         for name in names:
             slot = getattr(self, name)
             if slot is not None:
-                specs = slot.storage.specs(_ROLES.get(name, name))
+                specs = slot.storage.specs(_ROLES.get(name, name), tuple(self.variable.shape))
                 arrays = slot.arrays[len(slot.arrays) - len(specs) :]
                 yield from ((spec.role, array) for spec, array in zip(specs, arrays, strict=True))
 
@@ -101,12 +117,12 @@ class Parameters:
 
     Args:
         key_of: Function that tells variables apart.
-        add: Function `(variable or part of one, role, dtype) -> state variable` that makes state.
-        add_start: Function `(number, update) -> state variable` that makes the scalar of those that join late.
+        add: Function `(variable or part of one, spec) -> state variable` that makes state.
+        add_start: Function `(number, update) -> state variable` that makes the scalar of late variables.
     """
 
     key_of: Callable[[Any], Any]
-    add: Callable[[Any, str, str], Any]
+    add: Callable[[Any, Spec], Any]
     add_start: Callable[[int, int], Any]
     records: list[Parameter] = field(default_factory=list)
     joinings: list[Joining] = field(default_factory=list)
@@ -133,7 +149,7 @@ class Parameters:
         return [p.variable for p in self.records]
 
     def create(self, plans: list[Plan], parts: list[Any], update: int) -> None:
-        """Make the records of new variables.
+        """Make records of new variables.
 
         Args:
             plans: What each is to have.
@@ -153,22 +169,22 @@ class Parameters:
             for p, part, (_, _, plan) in zip(new, parts, plans, strict=True):
                 for name in names:
                     if name in plan:
-                        specs = plan[name].specs(_ROLES.get(name, name))
-                        made = [self.add(part, spec.role, spec.dtype) for spec in specs]
+                        role, shape = _ROLES.get(name, name), tuple(part.shape)
+                        made = [self.add(part, x) for x in plan[name].specs(role, shape)]
                         itself = (part,) if name == "value" else ()
                         setattr(p, name, Slot(plan[name], (*itself, *made)))
         self.records = [*self.records, *new]
         self._reindex()
 
     def put_first(self, variables: list[Any]) -> None:
-        """Put the records of `variables` first, in this order: Keras's JAX trainer hands over values in its model's."""
+        """Put the records of `variables` first, in this order, in which Keras's JAX trainer passes values."""
         first = {self.key_of(v): self[v] for v in variables}
         rest = [p for p in self.records if self.key_of(p.variable) not in first]
         self.records = [*first.values(), *rest]
         self._reindex()
 
     def in_build_order(self) -> Iterator[tuple[Parameter, str, Any]]:
-        """Give each state variable, as an optimizer built anew would make them, with its record and role."""
+        """Yield each state variable with its record and role, in the order of an optimizer that is built anew."""
         for names in _BUILD_ORDER:
             for p in self.records:
                 yield from ((p, role, array) for role, array in p.state(names))
@@ -180,21 +196,21 @@ class Parameters:
     # Late variables
 
     def joined_at(self, updates: list[int]) -> tuple[list[int], list[int | None]]:
-        """Return at which updates some join late, and for each record which of these is its own.
+        """Return the updates at which variables join late, and each record's place among these.
 
-        `updates` tells at which update each record joined. One without moments has nothing that depends on it.
+        `updates` holds the update at which each record joined. It does not matter for a record without moments.
         """
         of_each = [u if p.momentum else 0 for u, p in zip(updates, self.records, strict=True)]
         values = sorted(set(of_each) - {0})
         return values, [values.index(u) if u else None for u in of_each]
 
     def joinings_of(self) -> list[int | None]:
-        """Return for each record which of `joinings` is its own."""
+        """Return each record's place in `joinings`, or None."""
         places = {joining: i for i, joining in enumerate(self.joinings)}
         return [None if p.joined is None else places[p.joined] for p in self.records]
 
     def set_joined(self, updates: list[int]) -> None:
-        """Let each record have joined at the update given, 0 being the beginning."""
+        """Set the update at which each record joined; 0 is the beginning."""
         values, of_each = self.joined_at(updates)
         while len(self.joinings) < len(values):
             self._new_joining(0)

@@ -10,10 +10,10 @@ def path_of(variable) -> str:
 
 
 def align(theirs: Iterable[str], ours: Iterable[str]) -> dict[str, str]:
-    """Return our path for each of their paths that is the same, or the same but for enclosing names.
+    """Return which of our paths each of their paths means: the same one, or the same but for enclosing names.
 
     A Sequential model's variable is "sequential/dense/kernel" when the model was built by a call, and "dense/kernel"
-    when it was loaded from a file. What could mean two variables is left out.
+    when it was loaded from a file. A path that could mean two variables is left out.
     """
     ours = set(ours)
     by_suffix: dict[str, list[str]] = {}

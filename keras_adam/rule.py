@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_adam.bits import root, view, with_derivative_of
+from keras_adam.bits import greatest, root, view, with_derivative_of
 from keras_adam.tensors import compute_dtype
 
-# The greatest number of each dtype whose square is finite, less a little for what rounding may add.
+# The greatest number of each dtype whose square is finite, minus a margin for rounding.
 _ROOTS = {"float32": (1 - 2.0**-20) * 2.0**64, "float64": (1 - 2.0**-20) * 2.0**512}
 
 Tensor = Any  # a tensor of the active backend, or a Python float
@@ -33,7 +33,7 @@ class Options(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What one step needs besides tensors of the parameter's shape; the same for all the parameters of a group."""
+    """The scalars of one step, the same for all parameters of a group."""
 
     rate_1: Tensor  # 1 - beta_1
     rate_2: Tensor  # 1 - beta_2
@@ -57,10 +57,10 @@ def complement(beta: Tensor) -> Tensor:
 
 
 def representable(rate: Tensor, dtype: str) -> Tensor:
-    """Return the rate that is left of `rate` for a kernel that takes beta in `dtype`: float32 has no 0.999.
+    """Return `1 - beta` after rounding beta to `dtype`, for a kernel that takes beta: float32 has no 0.999.
 
-    With bias corrections for this rate, such a kernel is exact for a beta that is off by 1e-8; with those for the rate
-    meant, its second moment and its correction would disagree by 1e-5.
+    With bias corrections for this rate, the kernel is exact for a beta that is off by 1e-8. With corrections for the
+    unrounded rate, its second moment and its correction would disagree by 1e-5.
     """
     return complement(ops.cast(complement(rate), dtype))
 
@@ -68,14 +68,14 @@ def representable(rate: Tensor, dtype: str) -> Tensor:
 def bias_correction(rate: Tensor, t: Tensor) -> Tensor:
     """Return `1 - beta^t`, given `rate = 1 - beta`.
 
-    Through `log1p` and `expm1`: in float32, `1 - 0.999**1` is wrong in the fifth digit, as the subtraction cancels.
+    It uses `log1p` and `expm1`: in float32, `1 - 0.999**1` is wrong in the fifth digit, as the subtraction cancels.
     """
     log_beta = ops.log1p(-ops.convert_to_tensor(rate, dtype=t.dtype))
     return -ops.expm1(t * log_beta)
 
 
 def epsilon_of_algorithm_1(epsilon: float, beta_2: float, t: int) -> float:
-    """Return the epsilon that, added after the bias correction, does what `epsilon` does before it at step `t`."""
+    """Return Algorithm 1's epsilon for step `t`, given the epsilon-hat that is added before the bias correction."""
     return epsilon / (1 - beta_2**t) ** 0.5
 
 
@@ -121,13 +121,13 @@ def prepare(g: Tensor, p: Tensor, scalars: Scalars, options: Options) -> tuple[T
 
 
 def bounded(g: Tensor) -> Tensor:
-    """Return a finite gradient as no greater than what can be squared: 1.8e19 in float32.
+    """Return a gradient with finite elements limited to what can be squared: 1.8e19 in float32.
 
-    Above it the square, then `v`, would be infinite, and at the next step infinity less infinity. An infinite gradient
-    stays one: the step shows it.
+    Beyond that, the square and `v` would be infinite, and the next step would subtract infinity from infinity. An
+    infinite element stays infinite, so that the step shows it.
     """
     largest = _ROOTS[keras.backend.standardize_dtype(g.dtype)]
-    return where(ops.isinf(g), g, ops.clip(g, -largest, largest))
+    return where(ops.isfinite(g), ops.clip(g, -largest, largest), g)
 
 
 def adam_step(
@@ -144,16 +144,16 @@ def adam_step(
     return p, Moments(m, v, s)
 
 
-# Half precision: a parameter of 8 or 11 bits is kept together with what rounding took from it.
+# Half precision: a parameter of 8 or 11 bits is kept with a second number, which is what rounding took from it.
 
 DROPPED = {
     "bfloat16": 16,
     "float16": 13,
 }  # bits of float32's significand that the dtype does not have
-# Of what rounding took, so much must still round to the same value, or the value was set from outside.
+# The value plus this share of what rounding took must round to the value; otherwise it was set from outside.
 FITTING = 0.99
 _SMALLEST = 2.0**-24  # spacing of float16 below its smallest normal number, 2^-14
-# What rounding takes is kept times this: what it takes from a small float16 would be too small for another one.
+# What rounding takes is stored times this: what it takes from a small float16 is too small for a float16.
 _MAGNIFIED = {"bfloat16": 1, "float16": 2**11}
 DITHERS = 10946
 
@@ -161,10 +161,10 @@ DITHERS = 10946
 def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
     """Return the float32 `x` with the precision of `dtype`, still as float32: to nearest, ties to even.
 
-    With `dither`, a number in [0, 1) that takes all values equally often, it goes up as often as `x` is near the upper
-    neighbour, so that steps smaller than the spacing add up on average.
+    With `dither`, a number in [0, 1) that takes all values equally often, it is rounded up or down so that the error is
+    zero on average. So steps smaller than the spacing add up.
 
-    By integer arithmetic: compilers take a cast there and back for nothing. On JAX its derivative is 1, as a cast's is.
+    It uses integer arithmetic, as compilers may drop a cast there and back. On JAX its derivative is 1, like a cast's.
     """
     drop = DROPPED[dtype]
     bits = view(x, "int32")
@@ -181,6 +181,73 @@ def rounded(x: Tensor, dtype: str, dither: Tensor | None = None) -> Tensor:
     return with_derivative_of(result, x)
 
 
+# State in 8 bits: each element is a small float, relative to the largest magnitude of its block.
+
+BLOCK = 256  # elements that share a scale
+# `m`: a sign, 4 bits of exponent, 3 of significand. Let F(c) be the float32 whose bits are those of 2^-15 plus c steps
+# of 2^20. The code c, from 0 to 127, stands for F(c) - F(0): zero is a code, and the smallest are evenly spaced.
+SIGNED_DROP, SIGNED_FIRST = 20, 112 << 23
+SIGNED_ZERO, SIGNED_LAST = 2.0**-15, 1.875 - 2.0**-15
+# `v`: 4 bits of exponent, 4 of significand. The code c, from 0 to 255, stands for the float32 that is 255 - c steps of
+# 2^19 below 1.0. No code is zero: a `v` of 0 beside an `m` that is not would divide by epsilon.
+POSITIVE_DROP, POSITIVE_FIRST = 19, (127 << 23) - (255 << 19)
+POSITIVE_LEAST = (1 + 1 / 16) * 2.0**-16
+# The range of a scale: outside, it or its inverse is not a normal float32. A block below it counts as zero.
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
+
+
+def largest(blocks: Tensor) -> Tensor:
+    """Return the scale of each block, given as the last axis: its largest finite magnitude."""
+    size = ops.absolute(blocks)
+    size = greatest(where(ops.isfinite(size), size, ops.zeros_like(size)))
+    return ops.clip(where(size < SMALLEST_SCALE, ops.zeros_like(size), size), 0.0, LARGEST_SCALE)
+
+
+def inverse(scale: Tensor, last: float = 1.0) -> Tensor:
+    """Return `last / scale`; 0 for a block of zeros."""
+    is_zero = ops.equal(scale, 0)
+    return where(is_zero, ops.zeros_like(scale), last / where(is_zero, ops.ones_like(scale), scale))
+
+
+def signed_codes(x: Tensor, scale: Tensor, dither: Tensor) -> Tensor:
+    """Return the codes of first moments as whole numbers from 0 to 255; a number that is not finite counts as 0.
+
+    Args:
+        x: Blocks, float32.
+        scale: Their scales, with a last axis of 1.
+        dither: Number in [0, 1); 0.5 rounds to nearest.
+    """
+    x = where(ops.isfinite(x), x, ops.zeros_like(x))
+    relative = ops.absolute(x) * inverse(scale, SIGNED_LAST) + SIGNED_ZERO
+    codes = _steps(relative, SIGNED_FIRST, SIGNED_DROP, dither)
+    return codes + 128 * ops.cast(x < 0, "int32")
+
+
+def signed_values(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the first moments that whole numbers from 0 to 255 stand for."""
+    bits = SIGNED_FIRST + ops.bitwise_left_shift(ops.bitwise_and(codes, 127), SIGNED_DROP)
+    size = (view(bits, "float32") - SIGNED_ZERO) * (scale / SIGNED_LAST)
+    return where(codes > 127, -size, size)
+
+
+def positive_codes(x: Tensor, scale: Tensor, dither: Tensor) -> Tensor:
+    """Return second moments' codes, as `signed_codes` does; a number that is not finite counts as the largest."""
+    relative = where(ops.isfinite(x), x * inverse(scale), ops.ones_like(x))
+    relative = ops.clip(relative, POSITIVE_LEAST, 1.0)
+    return _steps(relative, POSITIVE_FIRST, POSITIVE_DROP, dither)
+
+
+def positive_values(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the second moments that whole numbers from 0 to 255 stand for."""
+    return view(POSITIVE_FIRST + ops.bitwise_left_shift(codes, POSITIVE_DROP), "float32") * scale
+
+
+def _steps(x: Tensor, first: int, drop: int, dither: Tensor) -> Tensor:
+    """Return how many steps of 2^`drop` the bits of a positive `x` are from `first`, rounded up with the dither."""
+    up = ops.cast(dither * 2**drop, "int32") - first
+    return ops.bitwise_right_shift(view(x, "int32") + up, drop)
+
+
 def clipped(g: Tensor, limit: Tensor) -> Tensor:
     """Return a gradient, each element of at most `limit` in size."""
     return ops.clip(g, -limit, limit)
@@ -194,29 +261,31 @@ def norm(values: list[Tensor]) -> Tensor:
 
 
 def clipped_to_norm(g: Tensor, norm: Tensor, limit: Tensor) -> Tensor:
-    """Return a gradient, scaled down if `norm`, which it is a part of, is above `limit`."""
+    """Return a gradient, scaled down if `norm`, its own or that of all gradients, is above `limit`."""
     limit = ops.convert_to_tensor(limit, norm.dtype)
     return g * ops.cast(limit / maximum(limit, norm), g.dtype)
 
 
 def moving_average(average: Tensor, p: Tensor, momentum: Tensor, started: Tensor) -> Tensor:
-    """Return the exponential moving average after `p`; the first `p`, before which it has not `started`, sets it."""
+    """Return the exponential moving average after `p`; if it has not `started` before, `p` itself."""
     keep = ops.cast(started, average.dtype) * momentum
     return keep * average + complement(keep) * p
 
 
 def dither(t: Tensor) -> Tensor:
-    """Return the `t`-th of `DITHERS` numbers in [0, 1), any run of which is spread evenly.
+    """Return the `t`-th of `DITHERS` numbers between 0 and 1; any run of them is spread evenly.
 
-    They are multiples of the golden ratio modulo 1, from two neighbouring Fibonacci numbers.
+    They are multiples of the golden ratio modulo 1, from two neighbouring Fibonacci numbers, and half of the least
+    distance. With 0 itself, what needs no rounding, as the largest of a block in 8 bits, would go down by chance.
     """
-    return ops.cast(ops.cast(t % DITHERS, "int32") * 6765 % DITHERS, "float32") / DITHERS
+    place = ops.cast(t % DITHERS, "int32") * 6765 % DITHERS
+    return (ops.cast(place, "float32") + 0.5) / DITHERS
 
 
 def joined(p: Tensor, lost: Tensor, dtype: str) -> Tensor:
     """Return the parameter with what rounding to `dtype` took from it; both as float32, and as `split` gave them.
 
-    If `lost` is more than rounding can have taken, `p` has been set to something else since, and stands alone.
+    A `lost` that is too large means that `p` was overwritten; it is ignored.
     """
     lost = lost / _MAGNIFIED[dtype]
     fits = rounded(p + FITTING * lost, dtype) == p
@@ -230,7 +299,7 @@ def split(p: Tensor, dtype: str, dither: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Return `ops.where` of two tensors of one shape, and a condition of that shape or a scalar, of any number of axes.
+    """Return `ops.where` of two tensors of one shape; the condition is of that shape or a scalar.
 
     TensorFlow's own takes eight axes at most.
     """
@@ -251,12 +320,12 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _average(old: Tensor, new: Tensor, rate: Tensor) -> Tensor:
-    """Move `old` towards `new` by `rate` of the distance, from the nearer end: with beta = 0 the result is `new`."""
+    """Move `old` towards `new` by `rate` of the distance. It starts from the nearer end: with beta = 0 it is `new`."""
     if isinstance(rate, int | float):
         return new - complement(rate) * (new - old) if rate > 0.5 else old + rate * (new - old)
     return where(rate > 0.5, new - complement(rate) * (new - old), old + rate * (new - old))
 
 
 def _scalar(x: Tensor, dtype: str) -> Tensor:
-    # A Python number stays one: it becomes a constant of a compiled step, and has all its 53 bits until then.
+    # A Python number stays a Python number: a compiled step makes it a constant, and until then it has all its 53 bits.
     return x if x is None or isinstance(x, int | float) else ops.cast(x, dtype)

@@ -10,7 +10,7 @@ import keras
 from keras_adam import hyperparameters
 from keras_adam.paths import align, path_of, same
 
-_SHOWN = 3  # so many parts of a selector are printed
+_SHOWN = 3  # parts of a selector that are printed
 
 
 def check(selector: Any) -> Any:
@@ -35,7 +35,7 @@ def check(selector: Any) -> Any:
 
 
 def flatten(selector: Any) -> list[Any]:
-    """Return the parts of a selector, of which lists may hold lists."""
+    """Return the parts of a selector, whose lists may be nested."""
     if isinstance(selector, list | tuple | set):
         return [item for part in selector for item in flatten(part)]
     return [selector]
@@ -87,12 +87,12 @@ def assign(
     """Return for each variable the place of the first selector that selects it; None if none does.
 
     Args:
-        selectors: Those of the parameter groups.
+        selectors: The parameter groups' selectors.
         before: For each selector what it selected before it was saved, as paths; None if it was not saved.
         variables: List of variables.
 
     Raises:
-        ValueError: If a selector gets no variable, or two name the same one as an object.
+        ValueError: If a selector gets no variable, or two selectors name the same variable.
     """
     named: dict[int, int] = {}
     for i, selector in enumerate(selectors):
@@ -113,7 +113,7 @@ def assign(
 
 
 def shown(selector: Any) -> str:
-    """Return a selector as it is printed, its first parts in short."""
+    """Return a selector's first parts in short, for printing."""
     items = flatten(selector)
     parts = [_shown_part(item) for item in items[:_SHOWN]]
     return ", ".join(parts + [f"{len(items) - _SHOWN} more"] * (len(items) > _SHOWN))
@@ -130,14 +130,14 @@ class DecayExclusions:
         self._verdicts: dict[Any, bool] = {}
 
     def add(self, variables: dict[Any, Any], patterns) -> None:
-        """Exclude more variables, given by their keys, and all that a pattern is found in."""
+        """Exclude more variables, given by their keys, and all in which a pattern is found."""
         self._keys.update(variables)
         self._paths.extend(path_of(v) for v in variables.values())
         self._patterns.extend(patterns)
         self._verdicts.clear()
 
     def add_config(self, config: dict[str, list[str]]) -> None:
-        """Exclude the variables that `get_config` told of."""
+        """Exclude the variables that `get_config` described."""
         self._paths.extend(config["paths"])
         self._saved_paths.extend(config["paths"])
         self._patterns.extend(config["patterns"])
@@ -167,7 +167,7 @@ def _as_before(before, variables) -> list[int | None] | None:
     """Return the assignment that a saved optimizer had, if this is the same model.
 
     A Sequential model's paths lose the model's name when it is loaded, so that its regular expressions may not match.
-    Variables that were frozen when it was saved are not there; a group may have no others.
+    Variables that were frozen when it was saved are missing, so that a group may be empty.
     """
     if not before or any(selected is None for selected in before):
         return None
@@ -183,10 +183,10 @@ def _selects_nothing(index: int, selectors: Sequence[Any], variables) -> str:
     selector = selectors[index]
     paths = [path_of(v) for v in variables]
     selected = [v for v in variables if selects(selector, v)]
-    taken = {path_of(v): first_that_selects(selectors[:index], v) for v in selected}
-    if taken:
+    earlier = {path_of(v): first_that_selects(selectors[:index], v) for v in selected}
+    if earlier:
         why = "all that it selects belongs to an earlier group: " + ", ".join(
-            f"'{path}' to param_groups[{i}]" for path, i in list(taken.items())[:3]
+            f"'{path}' to param_groups[{i}]" for path, i in list(earlier.items())[:3]
         )
     else:
         wanted = [s if isinstance(s, str) else getattr(s, "path", "") for s in flatten(selector)]

@@ -1,4 +1,4 @@
-"""The optimizer's options that are no group's: checked whenever they are set, and obeyed from the next step on."""
+"""Options of the whole optimizer: checked whenever they are set, and obeyed from the next step on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
 class Setting:
-    """An attribute that is checked as in the constructor, and cannot be set where a step would not notice.
+    """An attribute that is checked as in the constructor, and refused where a compiled step would not notice.
 
     Args:
-        check: Function `(name, value) -> value` that raises for a value that cannot serve.
+        check: Function `(name, value) -> value` that raises for an invalid value.
         makes_state: Whether the option decides which state variables there are. Defaults to `False`.
     """
 
@@ -41,12 +41,16 @@ class Setting:
         values[name] = value
         values.pop("_step_config", None)
 
+    def decides_state(self, optimizer) -> bool:
+        """Whether the option decides which state variables this optimizer has."""
+        return self.makes_state
+
     def _check_can_change(self, optimizer, value) -> None:
         name = self.name
-        if self.makes_state and optimizer._parameters:
+        if self.decides_state(optimizer) and optimizer._parameters:
             why = "decides which state variables there are, and the optimizer is built"
             instead = (
-                "Make a new optimizer, which begins anew: "
+                "Make a new optimizer, without the state: "
                 f"`type(optimizer).from_config({{**optimizer.get_config(), '{name}': {value!r}}})`"
             )
         elif optimizer._trace.is_traced:

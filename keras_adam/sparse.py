@@ -1,4 +1,4 @@
-"""Gradients that are zero but for some rows, as an embedding's are."""
+"""Gradients of which only some rows are not zero, such as an embedding's."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ from keras import ops
 class Rows(NamedTuple):
     """The rows of a gradient that are not zero.
 
-    As they come, `values[i]` is a part of row `indices[i]`, and a row may stand several times. Once summed, the whole
-    of row `indices[i]` is `values[slots[i]]`.
+    At first `values[i]` is a part of row `indices[i]`, and an index may come several times. After `summed`, the whole
+    row `indices[i]` is `values[slots[i]]`.
     """
 
     shape: tuple[int | None, ...]  # of the whole gradient
@@ -21,8 +21,7 @@ class Rows(NamedTuple):
     def summed(self) -> "Rows":
         """Return the gradient with the parts of each row summed.
 
-        A row stands as often as before, and what is left over of `values` is zero: in a compiled step no shape may
-        depend on what the indices are.
+        Duplicates stay in `indices`; unused `values` are zero. Compiled shapes must be static.
         """
         if self.slots is not None:
             return self
@@ -45,14 +44,14 @@ class Rows(NamedTuple):
 
 
 def values_of(gradients: list[Any]) -> list[Any]:
-    """Return the values of each gradient, in one tensor; those that it does not have are zero."""
+    """Return each gradient's values as one tensor: the stored rows of a sparse one, all of a dense one."""
     return [g.values if isinstance(g, Rows) else g for g in gradients]
 
 
 def map_values(function: Callable[[list[Any]], list[Any]], gradients: list[Any]) -> list[Any]:
-    """Apply a function of all values, those of each gradient in one tensor; a gradient that is None stays None.
+    """Apply a function to the values of all gradients, one tensor for each; None stays None.
 
-    Where of a gradient there are some rows, it is applied to these, and must leave zero as it is.
+    For a sparse gradient, only the stored values are passed; `function` must map 0 to 0.
     """
     present = [g for g in gradients if g is not None]
     results = iter(function(values_of(present)))

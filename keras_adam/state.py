@@ -1,5 +1,6 @@
 """The state: which variables the optimizer knows, and what it keeps of each."""
 
+import functools
 from typing import Any
 
 import keras
@@ -12,7 +13,7 @@ from keras_adam.groups import ParamGroup
 from keras_adam.loading import Loading
 from keras_adam.parameters import Parameters
 from keras_adam.paths import path_of
-from keras_adam.storage import Storage
+from keras_adam.storage import Spec, Storage
 from keras_adam.tensors import compute_dtype
 from keras_adam.trace import Trace
 
@@ -25,6 +26,11 @@ _VIEWS = {
     "_velocity_hats": "velocity_hat",
     "_compensations": "value",
 }
+_SCALES = {
+    "_momentum_scales": "momentum",
+    "_velocity_scales": "velocity",
+    "_velocity_hat_scales": "velocity_hat",
+}
 _ALWAYS = ("_momentums", "_velocities")
 _ENGINE = engine_class()
 
@@ -35,7 +41,7 @@ class State(optimizer_base()):  # type: ignore[misc]
     built: bool
     iterations: Any
 
-    # Set past Keras's tracking, which would take the model's variables among them for state of the optimizer.
+    # Set without Keras's tracking, which would add the model's variables in them to the optimizer's state.
     _groups: list[ParamGroup]
     _default_group: ParamGroup
     _views: GroupViews
@@ -52,7 +58,7 @@ class State(optimizer_base()):  # type: ignore[misc]
     skip_nonfinite: bool
     shard_state: bool
     _skipped_steps: Any
-    _slot_dtype: str | None  # of the state variable that is being made, if not its variable's
+    _spec: Spec | None  # of the array that is being made, if it is kept for a variable
 
     def _init_groups(self, numeric, options, param_groups) -> None:
         """Set up what Keras's constructor does not know, before it runs."""
@@ -65,8 +71,8 @@ class State(optimizer_base()):  # type: ignore[misc]
             _parameters=Parameters(self._var_key, self._add_slot, self._add_start),
             _loading=Loading(self),
             _trace=Trace(),
-            _verified_lists=set(),  # of variables, by identity, that hold no unknown one and none twice
-            _slot_dtype=None,
+            _verified_lists=set(),  # lists of variables, by identity, without unknown ones and duplicates
+            _spec=None,
         )
         self.__dict__["_engine"] = _ENGINE(self, self._parameters, self._trace)
         if param_groups is not None and not isinstance(param_groups, list | tuple):
@@ -133,7 +139,9 @@ class State(optimizer_base()):  # type: ignore[misc]
             self._create_state(named, [group] * len(named))
             self._show_keras()
             self.__dict__["_trainable_variables"] = [*self._trainable_variables, *named]
-        self.built = False  # so that the next `fit` builds again, and tells the order of the model's variables
+        self.built = (
+            False  # so that the next `fit` builds again, in the order of the model's variables
+        )
 
     # ---------------------------------------------------------------------------------------------------------------
     # Building
@@ -145,7 +153,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         then selects, and leaves all other state as it is.
 
         Raises:
-            ValueError: If a parameter group selects no variable, a variable stands twice or is not of a floating
+            ValueError: If a parameter group selects no variable, a variable is given twice or is not of a floating
                 dtype, or, in a later call, no group was added for a new variable.
         """
         with keras_private.without_autocast():
@@ -164,7 +172,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             chosen = groups.assign(self._selecting_groups(), self._default_group, variables)
             self._create_state(variables, chosen)
         self._reorder(variables)
-        # Built for no variable, as when all are frozen, it is not built: the next `fit` builds it for what is trained.
+        # Without any variable, as when all are frozen, it stays unbuilt, so that the next `fit` builds it.
         self.built = bool(self._parameters)
         with self._engine.outside_graph():
             self._loading.load_pending()
@@ -208,6 +216,10 @@ class State(optimizer_base()):  # type: ignore[misc]
             if attribute in _ALWAYS or any(x is not None for x in arrays):
                 # Set as a whole: TensorFlow's checkpoints track the list that was assigned, not what is appended later.
                 setattr(self, attribute, arrays)
+        for attribute, name in _SCALES.items():
+            scales = [x for p in self._parameters for x in p.scales(name)]
+            if scales:
+                setattr(self, attribute, scales)
         self._trainable_variables_indices.update(
             {self._var_key(v): i for i, v in enumerate(self._parameters.variables)}
         )
@@ -225,7 +237,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         return self._skipped_steps
 
     def _storage_of(self, variable, group: ParamGroup) -> dict[str, Storage]:
-        """Return how each kind of state is kept that a variable of the group has."""
+        """Return the storage of each kind of state that a variable of the group has."""
         own, wide = keras.backend.standardize_dtype(variable.dtype), compute_dtype(variable.dtype)
         plan: dict[str, Storage] = {"value": storage.for_variable(own, self.kahan_sum)}
         if self.gradient_accumulation_steps:
@@ -235,20 +247,27 @@ class State(optimizer_base()):  # type: ignore[misc]
             return plan | {"value": storage.for_variable(own, kahan_sum=False)}
         if self.use_ema:
             plan["average"] = storage.AsItIs(wide)
-        plan["momentum"] = plan["velocity"] = storage.for_moment(self.state_dtype or wide)
-        if group.options.amsgrad:
-            plan["velocity_hat"] = plan["velocity"]
+        of_moment = functools.partial(
+            storage.for_moment, self._state_dtype_of(group), variable, by_row=self.lazy
+        )
+        plan["momentum"], plan["velocity"] = of_moment(signed=True), of_moment(signed=False)
+        if group.options.amsgrad:  # a maximum of dithered numbers would climb
+            plan["velocity_hat"] = of_moment(signed=False, dithers=False)
         return plan
 
-    def _add_slot(self, part, role: str, dtype: str):
-        self._slot_dtype = dtype
+    def _state_dtype_of(self, group: ParamGroup) -> str | None:
+        own = group.state_dtype
+        return self.state_dtype if own == groups.INHERITED else own
+
+    def _add_slot(self, part, spec: Spec):
+        self._spec = spec
         try:
-            return self._engine.slot(self.add_variable_from_reference(part, role), part)
+            return self._engine.slot(self.add_variable_from_reference(part, spec.role), part, spec)
         finally:
-            self._slot_dtype = None
+            self._spec = None
 
     def state_size(self, variables=None) -> dict[str, int]:
-        """Return how many bytes of state each variable has, or would have; `sum(sizes.values())` is that of all.
+        """Return the bytes of state that each variable has, or would have; `sum(sizes.values())` is the total.
 
         Scalars, such as the count of iterations, are not counted.
 
@@ -287,7 +306,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         return sizes
 
     def _add_start(self, number: int, update: int):
-        """Add the state variable that tells at which update some variables joined."""
+        """Add the state variable that holds the update at which some variables joined."""
         return self.add_variable(
             (),
             keras.initializers.Constant(update),
@@ -297,7 +316,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         )
 
     def _store_numbers(self) -> None:
-        """Keep the groups' numbers in variables, unless there is the default group alone, as in Keras."""
+        """Keep the groups' numbers in state variables; without groups there are none, as in Keras."""
         if not self._has_groups:
             return
         wide = any(compute_dtype(v.dtype) == "float64" for v in self._parameters.variables)
@@ -315,7 +334,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         self._engine.track(self._default_group.stored, "hyperparameters")
 
     def _reorder(self, variables) -> None:
-        """Put `variables` first: Keras's JAX trainer hands over values in its model's order."""
+        """Put `variables` first, in the model's order, in which Keras's JAX trainer passes values."""
         self._parameters.put_first(variables)
         self._show_keras()
         self.__dict__["_trainable_variables"] = list(variables)
@@ -323,9 +342,11 @@ class State(optimizer_base()):  # type: ignore[misc]
 
     def add_variable(self, shape, initializer="zeros", dtype=None, **kwargs):
         """Add a state variable; one of half precision becomes float32, as a moment in bfloat16 stalls."""
-        if self._slot_dtype is not None:
-            dtype = self._slot_dtype
-            kwargs["layout"] = self._engine.slot_layout(kwargs.get("layout"), shape)
+        spec = self._spec
+        if spec is not None:
+            dtype = spec.dtype
+            kwargs["layout"] = self._engine.slot_layout(kwargs.get("layout"), shape, spec)
+            shape = shape if spec.shape is None else spec.shape
         elif dtype is None or keras.backend.is_float_dtype(dtype):
             dtype = compute_dtype(dtype or keras.config.floatx())
         return super().add_variable(shape, initializer, dtype, **kwargs)
@@ -347,7 +368,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         )
 
     def _own_optimizer(self) -> str:
-        """Return the advice for who gives one optimizer to two models."""
+        """Return the advice for users who give one optimizer to two models."""
         return (
             "If this is another model, give it an optimizer of its own: "
             f"`{type(self).__name__}.from_config(optimizer.get_config())`."
@@ -365,7 +386,7 @@ class State(optimizer_base()):  # type: ignore[misc]
     def load_own_variables(self, store) -> None:
         """Read the state from a store of `keras.saving`; before `build`, it is kept until then.
 
-        A store without any array is that of a model that had no optimizer: the state stays, with a warning.
+        A store without arrays comes from a model without an optimizer: the state stays as it is, with a warning.
 
         Raises:
             ValueError: If what is stored does not fit; then nothing is assigned.
@@ -383,7 +404,7 @@ class State(optimizer_base()):  # type: ignore[misc]
 
 
 def check_given_once(variables) -> None:
-    """Raise a ValueError if a variable stands twice in a list."""
+    """Raise a ValueError if a list holds a variable twice."""
     seen = set()
     for variable in variables:
         if id(variable) in seen:

@@ -1,4 +1,4 @@
-"""Keras's state trees, `model.get_state_tree()`: whether one fits a model, which Keras does not ask."""
+"""Whether a state tree of Keras, from `model.get_state_tree()`, fits a model, which Keras does not check."""
 
 from typing import Any
 
@@ -10,15 +10,14 @@ _COLLECTIONS = ("trainable_variables", "non_trainable_variables", "optimizer_var
 def check_state_tree(model, state_tree: dict[str, Any]) -> None:
     """Raise a ValueError if `model.set_state_tree(state_tree)` would pass over anything in silence.
 
-    Keras assigns the values whose paths the model has, and passes over all others: with an optimizer of another name
-    or with other options, its state stays as it is, the count of iterations too. Call this before `set_state_tree`.
-    Nothing is assigned.
+    Keras assigns the values whose paths the model has, and passes over all others. An optimizer with another name or
+    other options keeps its state and its count of iterations. Call this before `set_state_tree`. Nothing is assigned.
 
     Args:
         model: The model, compiled, and with its optimizer built: `model.optimizer.build(model.trainable_variables)`.
-        state_tree: What `model.get_state_tree()` returned, or what Orbax read of it. Of its collections those of
-            metrics, which begin anew in each epoch, are not looked at; nor is one of the model's that it lacks, as
-            it does if weights alone were saved.
+        state_tree: What `model.get_state_tree()` returned, or what Orbax read of it. Metrics are not checked, as they
+            begin anew in each epoch. A collection that the tree lacks is not checked either, such as the optimizer's
+            if weights alone were saved.
 
     Raises:
         TypeError: If `state_tree` is not a dictionary.
@@ -59,12 +58,12 @@ def _check_collection(model, collection: str, values: dict[str, Any]) -> None:
     lacking = next((path for path in shapes if path not in values), None)
     unknown = next((path for path in values if path not in shapes), None)
     if lacking or unknown:
-        found = [f"without '{lacking}'"] if lacking else []
-        found += [f"with '{unknown}', which the model does not have"] if unknown else []
+        differences = [f"without '{lacking}'"] if lacking else []
+        differences += [f"with '{unknown}', which the model does not have"] if unknown else []
         raise ValueError(
             f"`state_tree` must hold a value for each path of the model's '{collection}', and no other: "
             f"`set_state_tree` would pass over them in silence. {_advice(optimizer, collection)} "
-            f"Received: a tree {', but '.join(found)}"
+            f"Received: a tree {', but '.join(differences)}"
         )
     for path, value in values.items():
         shape = tuple(np.shape(value) if not hasattr(value, "shape") else value.shape)
@@ -89,11 +88,11 @@ def _advice(optimizer, collection: str) -> str:
 
 
 def _by_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
+    by_path = {}
     for name, value in values.items():
         inner = isinstance(value, dict)
-        found.update(_by_path(value, f"{prefix}{name}/") if inner else {f"{prefix}{name}": value})
-    return found
+        by_path.update(_by_path(value, f"{prefix}{name}/") if inner else {f"{prefix}{name}": value})
+    return by_path
 
 
 def _check_dictionary(argument: str, value) -> None:

@@ -10,7 +10,7 @@ from keras_adam.step_config import StepConfig
 
 
 class StepHooks(Protocol):
-    """Keras's hooks that a step calls, each of which a subclass of the optimizer may have of its own."""
+    """Keras's hooks that a step calls; a subclass of the optimizer may override each."""
 
     learning_rate: Any
     _trainable_variables: list[Variable]
@@ -59,7 +59,7 @@ class Step:
             grads = engine.reduce(grads)
             if self.lazy:
                 grads = [g.summed() if isinstance(g, Rows) else g for g in grads]
-            # One that is overwritten with its gradient has no update.
+            # A variable that is overwritten with its gradient has no update.
             absent = [v for v in absent if engine.parameters[v].momentum is not None]
             act = functools.partial(self._act, grads, variables, absent)
             if config.skip_nonfinite:
@@ -80,9 +80,9 @@ class Step:
     def _accumulate(
         self, grads: Gradients, variables: list[Variable], absent: list[Variable]
     ) -> None:
-        """Add the gradients to the accumulators; when enough calls have come together, update from their mean.
+        """Add the gradients to the accumulators; the last of `steps` calls updates from their mean.
 
-        A variable without a gradient in the last call is updated too if the earlier ones left it something.
+        A variable without a gradient in the last call is updated too, if its mean is not zero.
         """
         engine, steps = self.engine, self.config.gradient_accumulation_steps or 1
         accumulators = [engine.parameters[v].array("accumulator") for v in (*variables, *absent)]
@@ -118,7 +118,7 @@ class Step:
         trained = self.hooks._trainable_variables
         self.hooks._update_model_variables_moving_average(trained)
         if self.config.ema_overwrite_frequency:
-            # What was frozen since has no update from here either.
+            # Variables that were frozen since are left alone.
             trained = [v for v in trained if v.trainable]
             overwrite = self.hooks._overwrite_model_variables_with_average_value
             is_due = self.engine.is_last_update(self.config.ema_overwrite_frequency)

@@ -1,6 +1,7 @@
 """What a step does besides the update of each variable."""
 
 import dataclasses
+import functools
 from typing import Any
 
 
@@ -24,9 +25,9 @@ class StepConfig:
         """Return the present options of an optimizer."""
         return cls(**{name: getattr(optimizer, name) for name in _FIELDS})
 
-    @property
+    @functools.cached_property
     def clipping(self) -> tuple[str, Any] | None:
-        """Which of the limits is set, and to what; None or 0 is no limit."""
+        """The name and the value of the limit that is set, if one is; None or 0 is no limit."""
         limits = ((name, getattr(self, name)) for name in _LIMITS)
         return next(((name, limit) for name, limit in limits if _is_set(limit)), None)
 
@@ -46,7 +47,7 @@ class StepConfig:
         return dataclasses.replace(self, **numbers)
 
     def kind(self) -> "StepConfig":
-        """Return what is constant: each number that is an argument is 1 there."""
+        """Return the constant part: each number that is an argument is set to 1."""
         numbers = self.numbers()
         return self.with_numbers(dict.fromkeys(numbers, 1.0)) if numbers else self
 

@@ -58,8 +58,8 @@ class TorchVocabulary(State):
             eps: Epsilon of Algorithm 1, added after the bias correction. Defaults to `1e-8`.
             weight_decay: Strength of the weight decay. Defaults to `0`; of `AdamW`, to `0.01`.
             amsgrad: As in the constructor. Defaults to `False`.
-            foreach: PyTorch's choice of an implementation, as `capturable` and `fused` are: without effect here, and
-                written by `state_dict`, so that PyTorch goes on with it. Defaults to `None`.
+            foreach: PyTorch's choice of an implementation, like `capturable` and `fused`. It has no effect here;
+                `state_dict` writes it, so that PyTorch goes on with it. Defaults to `None`.
             maximize: Whether to ascend. Defaults to `False`.
             capturable: See `foreach`. Defaults to `False`.
             differentiable: Must be `False`: nothing can be differentiated through a step. Defaults to `False`.
@@ -70,8 +70,9 @@ class TorchVocabulary(State):
             **keras_options: Any other argument of the constructor, such as `clipnorm` or `use_ema`.
 
         Raises:
-            ValueError: If an argument is out of its range, `differentiable` is True, or `foreach` and `fused` are.
-            TypeError: If an argument is unknown or of a kind that cannot serve.
+            ValueError: If an argument is out of its range, `differentiable` is True, or `foreach` and `fused` are both
+                True.
+            TypeError: If an argument is unknown or of the wrong kind.
 
         Examples:
             >>> import keras_adam
@@ -119,18 +120,17 @@ class TorchVocabulary(State):
             variables: The variables, or their paths, in the order of PyTorch's parameters; all of them. Defaults to
                 the order in which the optimizer was built.
             convert: Function `(variable, array) -> array` that brings an array of the variable's shape into PyTorch's
-                layout, or returns None for the default: kernels transposed or permuted, all else as it is. What a
-                variable is, is told by Keras's own names: a DepthwiseConv2D or EinsumDense that was given another
-                name needs it, and so does a Dense after a Flatten, whose rows PyTorch has in the order of channels
-                first. Defaults to `None`.
-            as_numpy: Whether to return NumPy arrays rather than PyTorch's tensors; without PyTorch there are no
-                others. Defaults to `False`.
+                layout, or returns None for the default: kernels transposed or permuted, all else as it is. Needed for
+                a DepthwiseConv2D or EinsumDense that was given a name, as only Keras's own names tell its kind; and
+                for a Dense after a Flatten, as PyTorch flattens channels first. Defaults to `None`.
+            as_numpy: Whether to return NumPy arrays rather than PyTorch's tensors, for which PyTorch must be
+                installed. Defaults to `False`.
 
-        Each group has `param_names`, as of an optimizer that was given `named_parameters()`: the variables' paths, by
-        which `load_state_dict` knows them again.
+        Each group has `param_names`, as from `named_parameters()` in PyTorch: the variables' paths, which
+        `load_state_dict` follows.
 
-        PyTorch's `eps` is that of Algorithm 1: an optimizer with `epsilon_hat=True`, Keras's default, goes on there
-        with an epsilon that differs while the bias correction lasts.
+        PyTorch's `eps` is that of Algorithm 1. With `epsilon_hat=True`, Keras's default, the epsilon means something
+        else there as long as the bias correction lasts.
 
         Raises:
             ValueError: If the optimizer is not built, `variables` are not its variables, or a group has
@@ -168,8 +168,8 @@ class TorchVocabulary(State):
                 read of it.
             variables: The variables, or their paths, in the order of PyTorch's parameters; all of them. Defaults to
                 the order in which the optimizer was built.
-            mapping: For names that cannot be told, or mean something else here: dictionary from PyTorch's name to the
-                variable or its path. Defaults to `None`.
+            mapping: Dictionary from PyTorch's name to the variable or its path, for names that have no counterpart
+                or mean something else here. Defaults to `None`.
             convert: Function `(variable, array) -> array` that brings PyTorch's array into the variable's layout, or
                 returns None for the default: kernels transposed or permuted, all else as it is. Defaults to `None`.
 
@@ -229,8 +229,8 @@ class TorchVocabulary(State):
 
         Args:
             closure: Function without arguments that returns the loss. On the PyTorch backend it may call
-                `loss.backward()` itself, and may be left out if that was done: then the variables' `.grad` is applied,
-                if there is any. With `loss_scale_factor`, what is differentiated so must be
+                `loss.backward()` itself. There it may also be left out after a `backward()`: then the variables'
+                `.grad` is applied, if there is any. With `loss_scale_factor`, call `backward()` on
                 `optimizer.scale_loss(loss)`. Defaults to `None`.
 
         Returns:
@@ -251,7 +251,7 @@ class TorchVocabulary(State):
         return self.minimize(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients that PyTorch keeps on the variables; elsewhere there are none, and nothing happens.
+        """Clear the gradients that PyTorch keeps on the variables; other backends keep none.
 
         Args:
             set_to_none: Whether `.grad` becomes None rather than zeros. Defaults to `True`.

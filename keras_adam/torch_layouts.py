@@ -1,4 +1,4 @@
-"""How PyTorch lays out the arrays that Keras's layers lay out another way."""
+"""Conversions of arrays between Keras's layouts and PyTorch's."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -8,8 +8,8 @@ import numpy as np
 
 from keras_adam.paths import path_of
 
-# What a variable is, is told by its name and that of the layer that holds it. Keras gives these names to its own
-# layers; a user's own may need `convert`.
+# A variable's kind is read from its name and its layer's name. Keras gives layers these names; a layer that the user
+# named may need `convert`.
 _INTO_HEADS = ("query", "key", "value")
 _OUT_OF_HEADS = "attention_output"
 _EINSUM = "einsum_dense"
@@ -20,8 +20,8 @@ _GATES_IN_ANOTHER_ORDER = "gru_cell"
 class Layouts:
     """Conversions between both layouts, for the variables of one optimizer.
 
-    `convert` is a user's function `(variable, array) -> array`, or None for the default. `alike` are variables that
-    PyTorch has in their own layout, as parameters of a Keras model.
+    `convert` is a user's function `(variable, array) -> array`, or None for the default. `alike` are variables with
+    the same layout in PyTorch: there they are parameters of a Keras model.
     """
 
     def __init__(self, variables, convert: Callable | None, alike: Iterable[Any] = ()):
@@ -30,7 +30,7 @@ class Layouts:
         self._convert = convert or (lambda variable, array: None)
 
     def from_torch(self, variable, array: np.ndarray) -> np.ndarray:
-        """Return an array of PyTorch's layout in the variable's; a misfit is a ValueError that names both shapes."""
+        """Convert an array from PyTorch's layout to the variable's; for a misfit, raise a ValueError."""
         shape = tuple(variable.shape)
         converted = self._convert(variable, array)
         if converted is None:
@@ -45,7 +45,7 @@ class Layouts:
         )  # a copy: JAX may take over an array's memory, and its owner may write to it
 
     def to_torch(self, variable, array: np.ndarray) -> np.ndarray:
-        """Return an array of the variable's layout in PyTorch's, in memory of its own."""
+        """Convert an array from the variable's layout to PyTorch's, in new memory."""
         converted = self._convert(variable, array)
         if converted is None:
             converted = self._to_torch(variable, array)
@@ -98,8 +98,8 @@ class Layouts:
             splits = self._axes_in(variable)
             if len(splits) > 1:
                 raise ValueError(
-                    f"Which axes of '{path_of(variable)}', of shape {array.shape}, come in and which go out cannot be "
-                    "told without a bias of all that go out: give the conversion in `convert`"
+                    f"Input and output axes of '{path_of(variable)}' cannot be told apart without a bias that has all "
+                    f"output axes: give the conversion in `convert`. Received: shape {array.shape}"
                 )
             return array.reshape((math.prod(array.shape[: splits[0]]), -1)).T
         if kind == "depthwise":
@@ -109,7 +109,7 @@ class Layouts:
             return _to_the_front(array, (1, 0))
         if kind == "unknown":
             raise ValueError(
-                f"PyTorch orders the gates of '{path_of(variable)}' otherwise: give the conversion in `convert`"
+                f"PyTorch has the gates of '{path_of(variable)}' in another order: give the conversion in `convert`"
             )
         return array
 
@@ -133,7 +133,7 @@ class Layouts:
         return "as it is"
 
     def _axes_in(self, variable) -> list[int]:
-        """Return how many of a kernel's axes come in, the rest going out; several numbers where it cannot be told."""
+        """Return how many of a kernel's axes are input axes, the first ones; several numbers if it is uncertain."""
         parent, _, _ = path_of(variable).rpartition("/")
         layer = parent.rpartition("/")[2]
         rank = len(variable.shape)
@@ -148,7 +148,7 @@ class Layouts:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """Return an array, also of a tensor of PyTorch, which is not imported for it."""
+    """Return a value as an array; a tensor of PyTorch is converted without an import of PyTorch."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         # NumPy has no bfloat16.

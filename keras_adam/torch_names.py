@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# PyTorch's word for what Keras calls so.
+# Keras's word: PyTorch's word.
 _WORDS = {
     "kernel": "weight",
     "depthwise_kernel": "weight",
@@ -14,17 +14,18 @@ _WORDS = {
     "embeddings": "weight",
     "beta": "bias",
 }
-_SHOWN = 5  # so many names are printed
+_SHOWN = 5  # names that are printed
 _Key = tuple[str, ...]
 
 
 def meanings(names: Sequence[str], paths: Sequence[str]) -> dict[int, int]:
-    """Return which of `paths` each of `names` means, as positions; what is not certain is left out.
+    """Return which of `paths` each of `names` means, as positions; uncertain names are left out.
 
-    A name means a path that is the same; or the same but for separators, also without the enclosing names that all
-    names, or all paths, have in common. Of the rest it means one that is the same but for the words of `_WORDS` too; or
-    that, where one ends in the other. Each time there must be one such path for the name, and one such name for the
-    path.
+    These are tried in turn, and each must give one path for the name and one name for the path:
+
+    - the path is the same as the name;
+    - it is the same but for separators, also without the enclosing names that all names, or all paths, share;
+    - for the rest, it is the same but for the words of `_WORDS` as well, or one then ends in the other.
     """
     bare_names, bare_paths = _without_common(names), _without_common(paths)
     exact_names, exact_paths = [{_tokens(n)} for n in names], [{_tokens(p)} for p in paths]
@@ -41,8 +42,8 @@ def meanings(names: Sequence[str], paths: Sequence[str]) -> dict[int, int]:
         ),
     ):
         meant |= _certain(candidates, meant)
-    # What is the same by the letter is no candidate for what is so by a word: "scale", beside "weight", is no kernel.
-    exact, taken = set(meant), set(meant.values())
+    # A path that was found word for word is no candidate by `_WORDS`: "scale", beside "weight", is no kernel.
+    exact_matches, found_paths = set(meant), set(meant.values())
     for candidates in (
         _candidates(whole_names, whole_paths),
         _candidates(
@@ -51,15 +52,17 @@ def meanings(names: Sequence[str], paths: Sequence[str]) -> dict[int, int]:
         ),
         [one | other for one, other in zip(longer, shorter, strict=True)],
     ):
-        rest = [set() if i in exact else some - taken for i, some in enumerate(candidates)]
+        rest = [
+            set() if i in exact_matches else some - found_paths for i, some in enumerate(candidates)
+        ]
         meant |= _certain(rest, meant)
     return meant
 
 
 def renumbered(names: Sequence[str], paths: Sequence[str]) -> dict[int, int]:
-    """Return what `names` mean if layers are only numbered from elsewhere; empty if that does not explain them all.
+    """Return what `names` mean if only the layers' numbers differ; empty if that does not explain all names.
 
-    Keras numbers layers as they are created: a second model of one code has "dense_2" where the first has "dense".
+    Keras numbers layers as they are created: a second model of the same code has "dense_2" in place of "dense".
     """
     theirs, ours = _ranked(names), _ranked(paths)
     where = {key: position for position, key in enumerate(ours)}
@@ -95,9 +98,9 @@ def counted_down(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def names_in(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the `param_names` of all groups of a state dict, one behind the other; none if there are none.
+    """Return the `param_names` of all groups of a state dict, as one list; empty if it has none.
 
-    In `torch.distributed`'s state dicts, parameters have names in place of numbers.
+    In `torch.distributed`'s state dicts, names stand in place of the parameters' numbers.
     """
     names: list[str] = []
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -130,16 +133,15 @@ def check_order(
     by_build: bool,
     may_be_renumbered: bool,
 ) -> None:
-    """Raise if the names contradict the order, which decides where not all names tell what they mean.
+    """Raise if the names contradict the order, which decides if the meaning of some names is uncertain.
 
     Args:
         saved: The groups of the state dict.
-        paths: Those of all variables.
+        paths: The paths of all variables.
         meant: For each name whose meaning is certain, the place of its path.
         order: The places of the variables in the order of the names.
-        by_build: Whether that is the order of `build`. One that the caller gave is contradicted by nothing that is
-            only likely.
-        may_be_renumbered: Whether layers may only be numbered from elsewhere.
+        by_build: Whether that is the order of `build`. Only certain meanings contradict an order that the caller gave.
+        may_be_renumbered: Whether the layers' numbers alone may differ.
     """
     names = names_in(saved)
     in_order = [paths[index] for index in order]
@@ -184,12 +186,14 @@ def _candidates(names: Sequence[set[_Key]], paths: Sequence[set[_Key]]) -> list[
 
 
 def _certain(candidates: Sequence[set[int]], meant: dict[int, int]) -> dict[int, int]:
-    """Return the names that have one candidate, which is no other name's, without what is in `meant`."""
+    """Return the names with one candidate that no other name has, except names and paths that are in `meant`."""
     claims = Counter(path for some in candidates for path in some)
     certain = {name: next(iter(some)) for name, some in enumerate(candidates) if len(some) == 1}
-    taken = set(meant.values())
+    known_paths = set(meant.values())
     return {
-        n: p for n, p in certain.items() if claims[p] == 1 and n not in meant and p not in taken
+        n: p
+        for n, p in certain.items()
+        if claims[p] == 1 and n not in meant and p not in known_paths
     }
 
 
@@ -216,7 +220,7 @@ def _endings(path: str) -> set[_Key]:
 
 
 def _without_common(paths: Sequence[str]) -> list[str]:
-    """Take off the enclosing names that all have in common."""
+    """Remove the enclosing names that all paths share."""
     parts = [_parts(path) for path in paths]
     common = 0
     while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
@@ -231,7 +235,7 @@ def _kind(path: str) -> str | None:
 
 
 def _ranked(paths: Sequence[str]) -> list[tuple[tuple[str, int], ...]]:
-    """Replace each number of a layer by its rank among those of its name; a layer without one has the number 0."""
+    """Replace each layer's number by its rank among layers of the same name; a layer without a number has 0."""
     numbered = [_numbered(path) for path in paths]
     ranked: list[tuple[tuple[str, int], ...]] = [()] * len(numbered)
     for depth in range(max(map(len, numbered), default=0)):
@@ -265,6 +269,6 @@ def _contradiction(names, meant, by_build: bool, what: str, path: str | None) ->
     ways += ["give the right order in `variables`" if by_build else "leave `variables` out"]
     ways += ["leave 'param_names' out to go by the order"]
     return ValueError(
-        f"The names in the state dict contradict the order: {what}{where}. Names that could not be told: "
+        f"The names in the state dict contradict the order: {what}{where}. Names without a certain meaning: "
         f"{shown(unknown)}. {'; or '.join(ways).capitalize()}. Received: param_names={shown(names)}"
     )

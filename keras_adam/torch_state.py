@@ -1,4 +1,4 @@
-"""The state as `torch.optim.Adam.state_dict` has it: written, and read back."""
+"""The state in the format of `torch.optim.Adam.state_dict`: written, and read back."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -42,11 +42,11 @@ class ReadState:
 
     groups: list[ReadGroup]
     moments: list[tuple[Parameter, dict[str, np.ndarray]]]
-    updates: int  # as many as there have been of the variable that had most
+    updates: int  # the most that any variable has had
     joined: list[int]  # at which update each record's variable joined
 
     def assign(self, views: GroupViews) -> None:
-        """Set the groups and the moments; nothing that is left can fail."""
+        """Set the groups and the moments; this cannot fail."""
         for read in self.groups:
             read.group.options = read.options
             views[read.group].update(read.numbers)
@@ -54,10 +54,10 @@ class ReadState:
         for read in sorted(self.groups, key=lambda read: not read.group.is_default):
             read.group.set_implementation(read.implementation)
         for parameter, arrays in self.moments:
-            for name, slot in _MOMENTS.items():
-                array = parameter.array(slot)
-                if array is not None:
-                    array.assign(arrays[name])
+            for name, kind in _MOMENTS.items():
+                slot = getattr(parameter, kind)
+                if slot is not None:
+                    slot.set_numbers(arrays[name])
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class TorchState:
         """Return the state dict.
 
         Args:
-            updates: How many there have been.
+            updates: The number of updates so far.
             to_host: Function that returns a state variable's value as an array of NumPy.
-            wrap: Function that makes of an array what the state dict is to hold.
+            wrap: Function that converts an array for the state dict.
         """
         packed = self._packed()
         if any(group.options.amsgrad == "corrected" for group, _ in packed):
@@ -121,9 +121,9 @@ class TorchState:
         """Return what a state dict holds, all of it checked; nothing is changed.
 
         Args:
-            state_dict: Dictionary.
-            mapping: What some names mean, as variables or paths.
-            compiled: Whether a step was compiled, in which options are constants.
+            state_dict: The state dict.
+            mapping: The variables, or their paths, that some names mean.
+            compiled: Whether a step was compiled, which holds options as constants.
         """
         packed = self._packed()
         _check_format(state_dict, len(packed))
@@ -179,7 +179,7 @@ class TorchState:
         return ReadGroup(group, options, numbers, implementation)
 
     def _will_follow(self, group: ParamGroup, rate, packed: _Packed, saved) -> bool:
-        """Whether a group that follows the optimizer's rate will have `rate` once that is loaded, and goes on so."""
+        """Whether a group that follows the optimizer's learning rate will have `rate` after loading, and stays so."""
         if group.is_default or group.own("learning_rate") is not None:
             return False
         base = self.views[group.default]["learning_rate"]
@@ -192,7 +192,7 @@ class TorchState:
     # Which variable each of PyTorch's parameters is
 
     def _packed(self) -> _Packed:
-        """Return the groups that have variables, those in the order that the caller gave, or in that of `build`."""
+        """Return the groups that have variables; these are in the caller's order, or in that of `build`."""
         records = self.parameters.records
         if not records:
             raise ValueError(
@@ -226,7 +226,7 @@ class TorchState:
         return packed
 
     def _grouped_as(self, saved, names, meant) -> _Packed:
-        """Return the groups in the state dict's order, each with its variables, as the names have them."""
+        """Return the groups in the state dict's order, each with the variables that the names mean."""
         packed, position = [], 0
         for i, theirs in enumerate(saved):
             end = position + len(theirs["params"])
@@ -264,7 +264,7 @@ class TorchState:
         return given
 
     def _places_of(self, variables, argument: str) -> list[int]:
-        """Return the places of the records of some variables, given as such or as paths."""
+        """Return the places of the records of some variables, which may be given as paths."""
         paths = [path_of(v) for v in self.parameters.variables]
         by_path = {path: i for i, path in enumerate(paths)}
         places = []
@@ -306,15 +306,15 @@ def _moments_of(
         return None
     late = parameter.joined
     joined = 0 if late is None else int(ops.convert_to_numpy(late.update))
-    # The count was set back if it is before the joining: all count from the beginning then.
+    # A count from before the joining was set back; then all variables count from the beginning.
     step = updates - joined if joined <= updates else updates
     if step <= 0:
         return None
     moments = {"step": np.array(step, "float32")}
-    for name, slot in _MOMENTS.items():
-        array = parameter.array(slot)
-        if array is not None:
-            moments[name] = layouts.to_torch(parameter.variable, to_host(array))
+    for name, kind in _MOMENTS.items():
+        slot = getattr(parameter, kind)
+        if slot is not None:
+            moments[name] = layouts.to_torch(parameter.variable, slot.numbers(to_host))
     return moments
 
 
@@ -341,7 +341,7 @@ def _check_format(state_dict, groups: int) -> None:
 
 
 def _places_of_numbers(state_dict, packed: _Packed) -> dict[int, int]:
-    """Return the place of the record that each of PyTorch's numbered parameters is."""
+    """Return the place of the record for each of PyTorch's parameter numbers."""
     places: dict[int, int] = {}
     for i, ((_, members), group) in enumerate(zip(packed, state_dict["param_groups"], strict=True)):
         if len(group["params"]) != len(members):

@@ -1,16 +1,16 @@
-"""What compiled steps hold as constants, and the errors that tell to compile again."""
+"""What compiled steps hold as constants, and the errors that say to compile again."""
 
 import contextlib
 from typing import Any
 
 
 class Trace:
-    """Whether a step was compiled that the user keeps, and what it will not learn of any more."""
+    """Whether the user holds a compiled step, and which learning rate is frozen in it."""
 
     def __init__(self) -> None:
         self.is_traced = False
         self._rate: Any = (
-            None  # the schedule or callable that the last one holds as its learning rate
+            None  # the schedule or callable that the last compiled step holds as its learning rate
         )
 
     def note(self, rate: Any) -> None:
@@ -19,7 +19,7 @@ class Trace:
 
     @contextlib.contextmanager
     def apart(self):
-        """Return a context in which what is compiled does not count, as it is compiled anew when a constant changes."""
+        """Return a context in which compilations are not noted, as they are repeated when a constant changes."""
         before = self.is_traced, self._rate
         try:
             yield
@@ -27,11 +27,11 @@ class Trace:
             self.is_traced, self._rate = before
 
     def check_rate(self, rate: Any) -> None:
-        """Raise if the steps just made did not follow the schedule or callable that `rate` is."""
+        """Raise if the steps just made did not follow `rate`, a schedule or a callable, or None."""
         if self.is_traced and self._rate is not rate:
             raise ValueError(
-                "`learning_rate` was made a schedule, or another one, after the train step was compiled, so that the "
-                "steps just made did not follow it. Compile the model again after setting it. "
+                "`learning_rate` was made a schedule, or another one, after the train step was compiled: the steps "
+                "just made did not follow it. Compile the model again. "
                 f"Received: learning_rate={rate}"
             )
 

@@ -9,14 +9,14 @@ import importlib.metadata
 import os
 import re
 
-# Read by the frameworks on import: no start-up notices, and no device memory taken by an oracle.
+# The frameworks read these on import: no start-up notices, and no device memory for an oracle.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # The suite compiles hundreds of small programs and runs each for milliseconds.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Make code for the CPU on one thread, and in the older way where XLA has both: a quarter of the time to compile. XLA
-# aborts on a flag that it does not know.
+# Compile for the CPU on one thread, with the older emitters where XLA has a choice: it takes a quarter of the time. XLA
+# aborts on an unknown flag.
 flags = ["--xla_cpu_parallel_codegen_split_count=1"]
 jaxlib = [int(n) for n in re.findall(r"\d+", importlib.metadata.version("jaxlib"))]
 if [0, 5, 3] <= jaxlib < [0, 11, 1]:

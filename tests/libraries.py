@@ -1,4 +1,4 @@
-"""Run each example of docs/guides/other_libraries.md beside the libraries that it is about, under each backend.
+"""Run each example of docs/guides/other_libraries.md with the libraries that it needs, under each backend.
 
 `make test-libraries` runs all; `make test-libraries LIBRARIES_ARGS="--backends jax --only keras_hub"` some. They have
 an environment of their own in .matrix/: keras-hub brings a second TensorFlow, which `make test` does without.

@@ -1,7 +1,7 @@
-"""Run the suite over versions of Keras and Python, under each backend; write what came out to docs/versions.md.
+"""Run the suite over versions of Keras and Python, under each backend; write the results to docs/versions.md.
 
 `make test-matrix` runs all rows; `make test-matrix MATRIX_ARGS="--rows newest"` one. Each row has an environment of
-its own in .matrix/. Only what was run comes into the table, in place of that row's last result.
+its own in .matrix/. A run replaces its own lines of the table, and leaves the others.
 """
 
 import argparse

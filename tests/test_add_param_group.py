@@ -1,4 +1,4 @@
-"""Groups that are added, most of all in the middle of training, against the NumPy reference."""
+"""Groups that are added, above all in the middle of training, against the NumPy reference."""
 
 import keras
 import numpy as np
@@ -37,7 +37,7 @@ def fit_again(model, optimizer, epochs=1, **options):
 
 
 class Net:
-    """Training of a linear net of two layers as NumPy does it, each variable by its own Adam."""
+    """Training of a linear net of two layers in NumPy, with an Adam for each variable."""
 
     def __init__(self, start=START):
         self.weights = [w.astype("float64") for w in start]
@@ -47,7 +47,7 @@ class Net:
     def join(self, indices, **options):
         for i in indices:
             self.adams[i] = reference.Adam([self.weights[i]], **options)
-            # Only to tell where in a cycle of accumulation the others stand.
+            # Only so that it is at the same place of a cycle of accumulation as the others.
             self.adams[i].calls = self.calls
 
     def step(self, x, y, indices):
@@ -76,7 +76,7 @@ class Net:
 
 
 def state_of(optimizer, variables):
-    """Copies of all that the optimizer keeps of the variables, and of its counters."""
+    """Return copies of all state of the variables, and of the optimizer's counters."""
     state = {"iterations": optimizer._iterations.numpy().copy()}
     for parameter in optimizer._parameters:
         if not any(parameter.variable is v for v in variables):
@@ -97,8 +97,8 @@ def assert_same_state(actual, desired):
         np.testing.assert_array_equal(actual[name], array, err_msg=str(name))
 
 
-# Options of the optimizer, and those that only the added group has. Accumulation by 3 leaves the
-# new variables to join in the middle of a cycle, as an epoch has 4 steps.
+# Options of the optimizer, and of the added group alone. With accumulation by 3 the new variables join in the middle of
+# a cycle, as an epoch has 4 steps.
 OPTIONS = {
     "plain": ({}, {}),
     "rates": ({}, {"learning_rate": 0.003, "beta_1": 0.5}),
@@ -121,7 +121,7 @@ OPTIONS = {
 
 
 def in_two_phases(case, select=lambda model: model.layers[0], epochs=(1, 1)):
-    """Train the head, then with it the base; return model and oracle."""
+    """Train the head, then head and base; return model and oracle."""
     options, own = OPTIONS[case]
     options = {"learning_rate": 0.02, **options}
     model, net = make_net(), Net()
@@ -227,7 +227,7 @@ def test_saved_between_adding_and_training(tmp_path):
 
 
 def test_saved_with_frozen_layers(tmp_path):
-    """A layer was frozen after it had been trained; the model can be loaded, and goes on."""
+    """A layer is frozen after it was trained; the saved model can be loaded and trained on."""
     model, net = make_net(), Net()
     optimizer = keras_adam.Adam(0.02)
     fit_again(model, optimizer)
@@ -281,7 +281,7 @@ def test_two_patterns_before_one_build():
 
 
 def test_first_step_of_new_variables_is_as_large_as_the_rate():
-    """Adam's first step, whatever the gradient; with the others' step count it would be smaller."""
+    """Adam's first step is so for any gradient; with the others' step count it would be smaller."""
     model = make_net()
     optimizer = keras_adam.Adam(0.02, epsilon=1e-12)
     model.layers[0].trainable = False
@@ -309,7 +309,7 @@ def test_before_build():
 
 
 def test_variable_that_was_not_given_a_step_before():
-    """After `build`, without any training: all are at step 1."""
+    """The group joins after `build`, but before any training: all are at step 1."""
     model, net = make_net(), Net()
     optimizer = keras_adam.Adam(0.02)
     optimizer.build(model.layers[1].trainable_variables)
@@ -322,7 +322,7 @@ def test_variable_that_was_not_given_a_step_before():
 
 
 def trained_in_turns(frozen_first):
-    """Two layers of one shape, of which each has been trained; what trains one of them alone."""
+    """Return two layers of one shape that were both trained, and a function that trains one of them alone."""
     start = [_rng.standard_normal(shape).astype("float32") for shape in [(4, 4), (4,)] * 2]
     model = make_net("turns", start)
     optimizer = keras_adam.Adam(0.01)
@@ -346,7 +346,7 @@ def trained_in_turns(frozen_first):
 
 @pytest.mark.parametrize("frozen_first", [0, 1])
 def test_layers_that_train_in_turns(frozen_first):
-    """Each has its own state, whichever the trainer's order."""
+    """Each has its own state, whatever the trainer's order."""
     model, optimizer, train = trained_in_turns(frozen_first)
     resting = model.layers[frozen_first].variables
     before = state_of(optimizer, resting)
@@ -359,14 +359,35 @@ def test_layers_that_train_in_turns(frozen_first):
 @pytest.mark.skipif(BACKEND != "jax", reason="elsewhere the optimizer is given the variables")
 @pytest.mark.parametrize("frozen_first", [0, 1])
 def test_layers_that_train_in_turns_without_build(frozen_first):
-    """JAX's trainer hands over values alone; they must not be taken for the other layer's."""
+    """JAX's trainer passes values alone; they must not be mistaken for the other layer's."""
     *_, train = trained_in_turns(frozen_first)
     with pytest.raises(ValueError, match=r"optimizer\.build\(model\.trainable_variables\)"):
         train(1 - frozen_first)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere the optimizer is given the variables")
+def test_frozen_without_build(tmp_path):
+    """All that is trained is known, so that the error has one way out, and that leads on."""
+    model = make_net(
+        "shrinking", [np.ones(shape, "float32") for shape in [(4, 3), (3,), (3, 2), (2,)]]
+    )
+    model.compile(keras_adam.Adam(0.01), "mse")
+    model.fit(X, Y, verbose=0)
+    model.layers[0].trainable = False
+    model.compile(model.optimizer, "mse")
+    epoch = int(model.optimizer.iterations)
+    model.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match=r"optimizer\.build\(.*Received: 2 values") as raised:
+        model.fit(X, Y, verbose=0)
+    assert "add_param_group" not in str(raised.value)
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "model.weights.h5")
+    model.fit(X, Y, verbose=0)
+    assert int(model.optimizer.iterations) == 2 * epoch
+
+
 def test_average_of_a_variable_without_an_update():
-    """It must not replace the variable, as it is no average of anything yet."""
+    """It must not replace the variable: it is not an average of anything yet."""
     model = make_net()
     optimizer = keras_adam.Adam(0.02, use_ema=True, gradient_accumulation_steps=8)
     model.layers[0].trainable = False
@@ -431,7 +452,7 @@ def test_custom_loop_with_an_added_pattern():
 
 
 def test_built_in_another_order_between_steps():
-    """Whatever is kept of the earlier steps must not mix up the variables."""
+    """What the engine remembers of earlier steps must not mix up the variables."""
     values = []
     for reorder in (False, True):
         a, b = (keras.Variable([x], name=name) for name, x in (("a", 1.0), ("b", 5.0)))
@@ -558,7 +579,7 @@ def test_state_loaded_between_eager_steps(tmp_path):
 
 @pytest.mark.parametrize("order", ["other way round", "together"])
 def test_state_loaded_into_a_compiled_model(order, tmp_path):
-    """When each variable joined is part of the state, and the train step is compiled already."""
+    """The state tells when each variable joined, but the train step is compiled already."""
 
     def train(first):
         model = make_net("net")
@@ -661,7 +682,7 @@ def test_pattern_that_selects_nothing_can_be_corrected():
 @pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
 @pytest.mark.parametrize("selector", ["layers", "pattern", "none"])
 def test_all_was_frozen_in_the_first_fit(selector):
-    """Nothing was trained, so that what follows is the training of a new optimizer."""
+    """Nothing was trained, so that the optimizer then trains like a new one."""
 
     def train(optimizer, is_frozen_first):
         model = make_net()

@@ -97,8 +97,8 @@ def test_tensorboard(tmp_path, monkeypatch):
         if name == "epoch_learning_rate":
             rates.append((step, float(data)))
 
-    # Under each backend Keras writes through TensorFlow, and TensorFlow through the `tensorboard`
-    # package, in whose place what is written can be looked at.
+    # Keras writes through TensorFlow under each backend, and TensorFlow through the `tensorboard` package. A stand-in
+    # for that package records what is written.
     for name in ("tensorboard", "tensorboard.summary", "tensorboard.summary.v2"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["tensorboard.summary.v2"].scalar = scalar

@@ -1,4 +1,4 @@
-"""What changes behind the back of a compiled train step: it takes effect, or there is an error."""
+"""Changes after the train step was compiled: they take effect, or there is an error."""
 
 import keras
 import numpy as np
@@ -65,7 +65,7 @@ def test_number_set_after_a_group_was_added_without_compiling():
 
 
 def test_group_added_without_compiling():
-    """On TensorFlow the compiled train step goes on without the new variables; elsewhere it meets them."""
+    """On TensorFlow the compiled train step goes on without the new variables; elsewhere it includes them."""
     optimizer = keras_adam.Adam(0.01)
     model = two_equal_layers(optimizer)
     first = model.get_layer("first")

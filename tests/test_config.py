@@ -69,7 +69,7 @@ def test_round_trip(case):
 )
 @pytest.mark.parametrize("case", OPTIMIZERS)
 def test_serialization(case, deserialize):
-    """Keras has classes of the same names, which are not to be taken for ours."""
+    """Keras has classes of the same names, which must not be mistaken for ours."""
     optimizer = OPTIMIZERS[case]()
     revived = deserialize(keras.saving.serialize_keras_object(optimizer))
     assert type(revived) is type(optimizer)
@@ -98,7 +98,7 @@ def test_learning_rate_that_a_step_or_a_file_set():
 
 
 def test_default_config_is_that_of_keras():
-    """So that a file says nothing that Keras's Adam would not know."""
+    """So a file says nothing that Keras's Adam does not know."""
     ours, theirs = keras_adam.Adam(name="a").get_config(), keras.optimizers.Adam(name="a")
     assert ours == {**theirs.get_config(), "learning_rate": 0.001}
     assert keras.optimizers.Adam.from_config(dict(ours)).get_config() == theirs.get_config()

@@ -89,7 +89,7 @@ def test_copy_in_another_model_is_refused(make_copy):
 
 
 def misfits():
-    """Variables that are not those of `make_model`, and what the error says of them."""
+    """Return variables that are not those of `make_model`, and what the error says of them."""
     kernel, bias = make_model().trainable_variables
     wide = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="dense")], name="model")
     more = other_model("sgd").trainable_variables
@@ -137,7 +137,7 @@ def test_copy_of_one_that_was_not_used_serves_any_model(make_copy, built):
 
 
 def test_names_tell_the_variables_of_a_copy_whatever_their_order():
-    """Names of variables that Keras has numbered, too."""
+    """The names may also be numbered by Keras."""
     variables = [keras.Variable(np.full(3, float(i), "float32")) for i in range(2)]
     optimizer = keras_adam.Adam(0.02)
     optimizer.apply(to_tensors([np.full(3, 1.0), np.full(3, 3.0)]), variables)
@@ -255,7 +255,7 @@ def test_file_that_is_loaded_into_a_copy_takes_the_place_of_its_state(tmp_path):
 
 
 def test_state_of_keras_adam_that_waits_is_copied(tmp_path):
-    """It tells no paths."""
+    """Keras's state has no paths."""
     theirs = make_model(keras.optimizers.Adam(0.02))
     fit(theirs)
     theirs.save_weights(tmp_path / "theirs.weights.h5")

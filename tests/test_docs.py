@@ -1,8 +1,8 @@
 """Every example runs: the code blocks of README.md and docs/, and the docstrings' `>>>`.
 
 The blocks of a page run in order and share their names, in an empty directory: ```python is executed, ```pycon is a
-doctest, whose output is compared. What needs a shell is ```console, and does not run. The page on other libraries is
-run by libraries.py, where these are installed.
+doctest, whose output is compared. Commands for a shell are ```console, and do not run. libraries.py runs the page on
+other libraries, with these installed.
 """
 
 import doctest
@@ -70,7 +70,7 @@ def test_page(page, tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.skipif(KERAS != (3, 15), reason="the page is about Keras 3.15.1")
 def test_reproductions_of_faults(tmp_path):
-    """Those in boxes too, in a process of their own: each row shows another outcome of Keras than of ours."""
+    """Each row shows that Keras's outcome is not ours. The blocks in boxes run too, in a process of their own."""
     page = (ROOT / "docs" / "keras_faults.md").read_text(encoding="utf-8")
     in_boxes = re.compile(r"^(?:    )?```python\n(.*?)^(?:    )?```$", re.DOTALL | re.MULTILINE)
     script = "\n".join(textwrap.dedent(found[1]) for found in in_boxes.finditer(page))
@@ -97,7 +97,7 @@ def test_docstring(name, tmp_path, monkeypatch):
 
 
 def test_page_of_other_libraries():
-    """`make test-libraries` runs each of its blocks; each library has one, and the version that is named."""
+    """`make test-libraries` runs its blocks. Each library has one, and the version that the page names."""
     examples = libraries.examples()
     assert [(code, line) for _, code, line in examples] == [x[1:] for x in blocks(libraries.PAGE)]
     assert {library for library, _, _ in examples} == set(libraries.LIBRARIES)

@@ -24,7 +24,7 @@ OUT_OF_RANGE = {
     "ema_momentum": ("in [0, 1]", [-0.1, 1.1]),
     "loss_scale_factor": ("> 0 and finite", [0, -2.0]),
 }
-# No number at all, and what is not one number; None is the default of some.
+# Values that are no number, or not a single one; None is the default of some arguments.
 OF_NO_USE = [True, "0.1", [0.1], {"lr": 0.1}, np.ones((1,)), np.array(True), 1j]
 COUNTS = {"ema_overwrite_frequency": 1, "gradient_accumulation_steps": 2}
 CHOICES = {
@@ -217,7 +217,7 @@ def test_excluding_after_build(variables):
 
 
 def test_excluding_by_a_bare_string():
-    """A list of its letters would exclude nearly all."""
+    """Taken as a list of letters, it would exclude nearly all."""
     with pytest.raises(TypeError, match=r"`var_names` must be a list .*Received: var_names='bias'"):
         keras_adam.Adam().exclude_from_weight_decay(var_names="bias")
 

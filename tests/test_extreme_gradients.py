@@ -10,7 +10,7 @@ from support import reference
 from support.steps import BACKEND, either_way, value_of
 from support.tolerances import TOLERANCES
 
-# What TensorFlow's kernel does not do: it makes such an element NaN, as the documentation tells.
+# TensorFlow's kernel makes such an element NaN, as the documentation says.
 BY_PORTABLE_PATH = ("amsgrad", "amsgrad_corrected")
 HUGE_OPTIONS = {
     "plain": {},
@@ -26,7 +26,7 @@ HUGE_OPTIONS = {
 @pytest.mark.parametrize("size", [3e19, 1e38])
 @pytest.mark.parametrize("name", HUGE_OPTIONS)
 def test_huge_gradients(make_step, name, size):
-    """Adam does not depend on the size of gradients: those of one size make steps of the learning rate."""
+    """Adam does not depend on the size of gradients: equal ones make steps of the learning rate."""
     if BACKEND == "torch" and size > 5.8e20 and name != "amsgrad_corrected":
         pytest.skip("PyTorch's kernel stands still, as the documentation tells")
     if BACKEND == "tensorflow" and name not in BY_PORTABLE_PATH:
@@ -144,7 +144,7 @@ def test_derivative_of_steps_in_half_precision(dtype, state_dtype):
 
 @pytest.mark.skipif(BACKEND == "jax", reason="tested on a whole step")
 def test_derivative_of_the_rule_where_a_gradient_is_zero():
-    """On PyTorch a square root has no derivative at 0: there `apply` is not differentiated in any case."""
+    """On PyTorch the square root has no derivative at 0; `apply` is not differentiable there anyway."""
     scalars = rule.Scalars(0.1, 0.001, 0.01, 1e-3, None, 0.001)
     moments = rule.Moments(*(keras.ops.zeros(2) for _ in range(2)))
 

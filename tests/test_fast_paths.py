@@ -1,4 +1,4 @@
-"""Each backend's fast path does what the portable path does, over the options that either must know."""
+"""Each backend's fast path does what the portable path does, over all options that matter to them."""
 
 import keras
 import numpy as np
@@ -28,7 +28,7 @@ def test_fast_path_equals_the_portable_path(name):
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_the_fast_path_is_taken(monkeypatch):
-    """The comparison above would say nothing if both sides were portable."""
+    """Without it, the comparison above might compare the portable path with itself."""
 
     def refuse(*args):
         raise AssertionError("the portable path ran")

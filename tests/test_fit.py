@@ -152,7 +152,7 @@ def test_tf_function(jit_compile):
 
 
 def test_inside_loss_scale_optimizer():
-    """A batch whose gradient overflows is passed over, and halves the scale."""
+    """A batch whose gradient overflows is skipped, and halves the scale."""
     options = {**EVERYTHING, "loss_scale_factor": None}  # It scales the loss itself.
     inner = keras_adam.Adam(**options)
     model = make_model(keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0))

@@ -1,15 +1,15 @@
 """Random variables, options, gradients and operations, against the model in `model_of_optimizer.py`.
 
 `make test-long` runs a few dozen examples, the same each time; `make fuzz` runs FUZZ_EXAMPLES (2,000) other
-ones. What it has found stands below as tests of its own.
+ones. What it has found is tested below, in tests of their own.
 
-What is not the same everywhere, and is compared within these bounds rather than kept away from:
+Backends differ in the following, which is compared within these bounds rather than avoided:
 
 - In float32 the square of 1e30 is infinite, and so is the second moment from then on. That step divides by
-  infinity and leaves the variable as it is. PyTorch's kernel goes on so; elsewhere the next step
-  takes infinity from infinity. Such an element must be NaN, or as if no step were made.
-- A norm of 1e30 is infinite for the same reason, and what is clipped by it becomes zero. PyTorch
-  knows the norm of a single number, and XLA may.
+  infinity and leaves the variable as it is. PyTorch's kernel goes on so; elsewhere the next step subtracts
+  infinity from infinity. Such an element must be NaN, or as if no step were made.
+- A norm of 1e30 is infinite for the same reason, and a gradient clipped by it becomes zero. PyTorch
+  computes the norm of a single number right, and XLA may.
 - XLA and TensorFlow take numbers below 2^-126 for zero, PyTorch does not.
 - A number that leaves the range of its variable's dtype may be anything from then on.
 - epsilon=0 is not drawn: 0 / 0 is the caller's wish.
@@ -29,11 +29,14 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import keras_adam
+from keras_adam import storage
+from support import eight_bits
 from support import model_of_optimizer as model
 from support.helpers import float64_allowed
 from support.resume import load_state, save_state
 from support.steps import BACKEND, compiled_step, value_of
 
+LEAST_IN_8_BITS = 3  # so that a few elements show it
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 runs = settings(
     max_examples=EXAMPLES or 25,
@@ -49,7 +52,7 @@ runs = settings(
 SLACK = 4
 SCALAR_ERROR = {"jax": 2e-6, "tensorflow": 2e-5, "torch": 2e-6}[BACKEND]
 
-SHAPES = [(), (0,), (3,), (1,), (2, 3), (0, 4)]
+SHAPES = [(), (0,), (3,), (1,), (2, 3), (0, 4), (2, 130)]
 DTYPES = ["float32", "float32", "float32", "bfloat16", "float16", "float64"]
 SCHEDULE = {"initial_learning_rate": 0.05, "decay_steps": 3, "decay_rate": 0.5}
 
@@ -73,7 +76,7 @@ WHOLE = {
     "ema_overwrite_frequency": st.sampled_from([None, 1, 2, 3]),
     "loss_scale_factor": st.sampled_from([None, 64.0, 1000.0]),
     "gradient_accumulation_steps": st.sampled_from([None, None, 2, 3]),
-    "state_dtype": st.sampled_from([None, None, "float32", "bfloat16"]),
+    "state_dtype": st.sampled_from([None, "float32", "bfloat16", "8bit"]),
     "kahan_sum": st.sampled_from([None, False]),
     "skip_nonfinite": st.booleans(),
 }
@@ -115,7 +118,8 @@ GRADIENTS = st.lists(st.one_of(ONCE, ONCE, ONCE, MIXED), min_size=1, max_size=4)
 variables = st.lists(
     st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES)), min_size=1, max_size=4
 )
-group_options = st.fixed_dictionaries({}, optional={**NUMBERS, **CHOICES}).flatmap(
+OF_GROUPS = {"state_dtype": st.sampled_from([None, "float32", "bfloat16", "8bit"])}
+group_options = st.fixed_dictionaries({}, optional={**NUMBERS, **CHOICES, **OF_GROUPS}).flatmap(
     lambda options: st.one_of(
         st.just(options),
         RATES.map(lambda rate: {**options, "learning_rate": rate}),
@@ -177,7 +181,7 @@ def _numpy_dtype(dtype):
 
 
 def make_gradient(rng, kind, shape, dtype):
-    """An array of the variable's dtype, so that both sides see the same number."""
+    """Return an array of the variable's dtype, so that both sides see the same numbers."""
     if kind is None:
         return None
     size = 10 ** rng.uniform(-5, 2, shape) * rng.choice([-1.0, 1.0], shape)
@@ -207,8 +211,27 @@ def assert_same_bits(actual, desired, what):
         np.testing.assert_array_equal(got, want, err_msg=what)
 
 
+def arrays_of(optimizer, but=None):
+    """All state variables, as an optimizer built anew would make them, but for those of a role."""
+    return [
+        x
+        for e in optimizer._loading._entries_in_order()
+        if but is None or not e.role.startswith(but)
+        for x in (e.variable, e.scale)
+        if x is not None
+    ]
+
+
+def numbers_of(slot, signed=False):
+    """What a moment is; codes are looked up in the table."""
+    if len(slot.arrays) == 1:
+        return value_of(slot.arrays[0])
+    codes, scale = (keras.ops.convert_to_numpy(x) for x in slot.arrays)
+    return eight_bits.decoded(np.array(codes), scale, signed)
+
+
 class Run:
-    """One optimizer and its model, taken through a plan."""
+    """One optimizer and its model, which follow a plan."""
 
     def __init__(self, plan):
         self.rng = np.random.default_rng(plan["seed"])
@@ -229,7 +252,7 @@ class Run:
         }
         groups = plan["groups"]
         if self.how == "compiled" and groups is None:
-            groups = []  # else a number that is set is refused, as it must be
+            groups = []  # without groups, setting a number is refused, as it must be
         self.groups, specs, group_of = [], [], {}
         for options, which in groups or []:
             which %= len(self.variables)
@@ -254,6 +277,7 @@ class Run:
             {**self.options, "learning_rate": rate},
             SCALAR_ERROR,
             lone_norms_hold=None if BACKEND == "jax" else BACKEND == "torch",
+            least_in_8_bits=LEAST_IN_8_BITS,
         )
         self.compiled = None
 
@@ -300,7 +324,7 @@ class Run:
         before = self._state(old)
         has_joined_late = any(v.start for v in self.model.variables)
         if has_joined_late and how != "h5":
-            # Only HDF5 tells which of the variables joined when.
+            # Only HDF5 says when each of the variables joined.
             store = {}
             old.save_own_variables(store)
             new.build(self.variables)
@@ -321,17 +345,13 @@ class Run:
         else:
             # These are in the order in which `old` made them.
             new.build(self.variables)
-            new.set_weights([x.variable for x in old._loading._entries_in_order()])
+            new.set_weights(arrays_of(old))
         assert_same_bits(self._state(new), before, "the state loaded")
         self.optimizer, self.compiled = new, None
 
     def _state(self, optimizer):
         """All of it; when each variable joined is told as a number, as who joined together shares one variable."""
-        entries = [
-            e.variable
-            for e in optimizer._loading._entries_in_order()
-            if not e.role.startswith("start")
-        ]
+        entries = arrays_of(optimizer, but="start")
         joined = [
             0 if p.joined is None else value_of(p.joined.update) for p in optimizer._parameters
         ]
@@ -384,9 +404,9 @@ class Run:
                 whole = value + value_of(lost) / {"bfloat16": 1, "float16": 2**11}[variable.dtype]
             self._compare(x, whole, x.p, x.e_p, f"{variable.path} ({variable.dtype})")
             index = optimizer._get_variable_index(variable)
-            self._compare(x, value_of(optimizer._momentums[index]), x.m, x.e_m, f"momentum {i}")
-            velocity = value_of(optimizer._velocities[index])
-            self._compare(x, velocity, x.v, x.e_v, f"velocity {i}")
+            kept = optimizer._parameters[variable]
+            self._compare(x, numbers_of(kept.momentum, signed=True), x.m, x.e_m, f"momentum {i}")
+            self._compare(x, numbers_of(kept.velocity), x.v, x.e_v, f"velocity {i}")
             if self.options["use_ema"] and x.average is not None:
                 average = value_of(optimizer._model_variables_moving_average[index])
                 self._compare(x, average, x.average, x.e_average, f"average {i}")
@@ -412,6 +432,8 @@ def run(plan):
     is_plain = plan["how"] == "plain" and BACKEND == "jax"
     needs_float64 = "float64" in str([plan["variables"], plan["operations"]])
     with contextlib.ExitStack() as stack:
+        context = pytest.MonkeyPatch.context()
+        stack.enter_context(context).setattr(storage, "_LEAST_IN_8_BITS", LEAST_IN_8_BITS)
         if is_plain:
             stack.enter_context(jax.disable_jit())
         if needs_float64:

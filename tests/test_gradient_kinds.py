@@ -54,7 +54,7 @@ ARRAYS = {
 @pytest.mark.parametrize("mode", ["whole", "pieces", *["stateless"] * (BACKEND == "jax")])
 @pytest.mark.parametrize("kind", ARRAYS)
 def test_gradients_that_are_no_tensors(kind, mode):
-    """A variable is where a loop of one's own sums its gradients; `mode` is how JAX takes the step."""
+    """A gradient may be a variable in which a custom loop sums gradients; `mode` is how JAX takes the step."""
     starts, gradients = [[1.0, 2.0], 3.0], [[2.0, -1.0], 4.0]
     variables = [keras.Variable(x) for x in starts]
     optimizer = keras_adam.Adam(0.1, weight_decay=0.1)
@@ -160,7 +160,7 @@ def test_gradient_of_a_python_function():
 @only_tensorflow
 @pytest.mark.parametrize("shape", [None, (None,), (None, 2)])
 def test_gradient_whose_shape_turns_out_wrong(shape):
-    """A value that would broadcast is refused when the graph runs, or when it is made if its rank is known."""
+    """A value that would broadcast is refused when the graph runs, or when the graph is made if its rank is known."""
     import tensorflow as tf
 
     variable = keras.Variable(np.ones((4, 2)), dtype="float32", name="w")
@@ -242,7 +242,7 @@ NEGATIVE = {"some": [1, -1, 1, -4], "all": [-1, -1, -3, -4], "beyond": [-9, 2, 1
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("indices", NEGATIVE.values(), ids=NEGATIVE)
 def test_negative_indices_are_left_out(indices, lazy, how):
-    """As by TensorFlow's own conversion, and so by Keras's Adam. Nor are they part of a norm."""
+    """TensorFlow's own conversion leaves them out, and so does Keras's Adam. They are not part of a norm either."""
     import tensorflow as tf
 
     values = np.array([[1.0, 2.0], [np.nan, 40.0], [3.0, -4.0], [50.0, 60.0]], "float32")

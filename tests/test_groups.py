@@ -1,4 +1,4 @@
-"""Parameter groups: who is in which, what holds for them, what may be set while training."""
+"""Parameter groups: which variables are in which group, what holds for them, what may be set while training."""
 
 import copy
 import operator
@@ -78,7 +78,7 @@ def test_first_match_wins():
         ["aa/bias"],
         ["a/bias"],
     ]
-    # A variable named as an object may well be selected by an earlier pattern, too.
+    # A variable that one group names as an object may also match an earlier group's pattern.
     objects = built(model, {"params": ".*a/kernel"}, {"params": model.layers[0]})
     assert members(objects)[:2] == [["a/kernel", "aa/kernel"], ["a/bias"]]
 
@@ -288,7 +288,7 @@ def test_trajectory_of_torch(problem, decoupled):
     assert_same_trajectory(run(ours, *problem), expected, TOLERANCES["float32"])
 
 
-# For each variable its group's options; the reference gets the sum of these and the default's.
+# For each variable its group's options; the reference gets these together with the default's.
 OWN = {
     "matrix": {"learning_rate": 1e-3, "beta_1": 0.5, "beta_2": 0.9, "amsgrad": "corrected"},
     "vector": {"learning_rate": 2e-4, "decoupled_weight_decay": False, "epsilon_hat": False},
@@ -488,7 +488,7 @@ def test_numbers_are_in_the_config(after_settings):
 
 
 def test_multipliers_are_in_the_config():
-    """The default group's too, if it can be set at all."""
+    """The default group's multiplier too, if it can be set at all."""
     optimizer = built(make_net(), {"params": ".*kernel", "learning_rate_multiplier": 0.5})
     assert optimizer.get_config()["param_groups"][0]["learning_rate_multiplier"] == 0.5
     try:
@@ -501,7 +501,7 @@ def test_multipliers_are_in_the_config():
 
 @pytest.mark.parametrize("added", [False, True], ids=["given", "added"])
 def test_selected_objects_are_saved(added, tmp_path):
-    """Layers, variables and predicates are no text; the paths that they selected are."""
+    """Layers, variables and predicates cannot be saved; the paths that they selected can."""
     model = make_model()
     dense = model.layers[0]
     groups = [{"params": dense.kernel, "lr": 0.01}, {"params": lambda v: v.ndim == 1, "lr": 0.03}]
@@ -521,7 +521,7 @@ def test_selected_objects_are_saved(added, tmp_path):
 
 
 def test_variables_of_one_path():
-    """Keras lets two variables have one path, which then names neither."""
+    """Keras allows two variables to have the same path, which then names neither."""
     first, second = (keras.Variable([1.0, 1.0], name="same") for _ in range(2))
     optimizer = keras_adam.Adam(param_groups=[{"params": first, "learning_rate": 0.5}])
     optimizer.build([first, second])
@@ -536,7 +536,7 @@ def test_variables_of_one_path():
 
 @pytest.mark.parametrize("name", ["learning_rate", "beta_1"])
 def test_number_where_a_schedule_was_saved(name, tmp_path):
-    """What was saved is no number, and must not be taken for one."""
+    """The saved value stands for a schedule, and must not be taken for a number."""
     dynamic = {
         "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.01, 4, 0.5),
         "beta_1": lambda: keras.ops.convert_to_tensor(0.5),
@@ -644,7 +644,7 @@ def test_schedule_can_be_set_before_the_first_compiled_step_only():
 
 
 def test_number_of_a_compiled_optimizer_without_groups():
-    """There a number is a constant of the train step; it is set, or refused, never passed over."""
+    """The number is a constant of the train step: setting it works or is refused, never ignored."""
     model = make_model(keras_adam.Adam(0.02))
     fit(model)
     if COMPILES:
@@ -672,7 +672,7 @@ def test_number_of_a_compiled_optimizer_with_the_default_group_alone():
 
 
 def test_set_weights_brings_the_numbers_of_groups():
-    """Where they come from an optimizer that asks a callable, the state holds none; the own ones stay."""
+    """Weights of an optimizer with a callable hold no number; the optimizer then keeps its own."""
     variables = [keras.Variable([1.0]) for _ in range(2)]
     asking = keras_adam.Adam(0.5, beta_1=lambda: 0.5, param_groups=[])
     told = keras_adam.Adam(0.5, beta_1=0.9, param_groups=[])
@@ -761,14 +761,14 @@ def test_reading_of_the_list():
     groups[1].update({"beta_1": 0.5})
     assert [g["lr"] for g in optimizer.param_groups] == [0.125, 0.5]
     assert optimizer.beta_1 == 0.5
-    # What a user makes of it is the user's own.
+    # A list that a user makes from it may be changed.
     own = sorted(groups, key=lambda g: g["lr"], reverse=True)
     own.append(None)
     assert own == [second, first, None]
 
 
 def test_deepcopy_of_the_list_is_a_snapshot():
-    """Of the numbers, as people take it to set them back; the variables are the same ones."""
+    """It holds the numbers, which people copy to restore them later; the variables are the same ones."""
     optimizer, variables = two_groups()
     saved = copy.deepcopy(optimizer.param_groups)
     optimizer.param_groups[0]["lr"] = 0.125

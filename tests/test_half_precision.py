@@ -1,4 +1,4 @@
-"""Variables of 8 or 11 bits: what float32 would do, to their precision, and what never gets lost."""
+"""Variables of 8 or 11 bits do what float32 would do, to their precision, and lose no small step."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def numbers(variable):
 
 
 def problem(dtype, steps, shapes=((5, 3), (7,), (), (0, 3))):
-    """Start values and gradients that `dtype` can hold."""
+    """Return start values and gradients that `dtype` can hold."""
     rng = np.random.default_rng(5)
     as_held = lambda x: x.astype("float32").astype(NUMPY[dtype]).astype("float32")  # noqa: E731
     starts = [as_held(rng.standard_normal(s)) for s in shapes]
@@ -126,8 +126,8 @@ OPTIONS = {
 def test_two_hundred_steps_far_below_the_spacing(dtype, name):
     """Steps of 1e-4 on values of order 1, where the spacing is 8e-3 or 1e-3.
 
-    The end may be off by half a spacing, which the variable cannot hold, and by what is lost beyond the compensation:
-    2^-16 of the value, or less, in each step, which cancels.
+    The end may be off by half a spacing, which the variable cannot hold, and by what the compensation loses: 2^-16 of
+    the value in a step, or less, with errors that cancel.
     """
     options = {"learning_rate": 1e-4, **OPTIONS[name]}
     starts, gradients = problem(dtype, 200)
@@ -142,8 +142,8 @@ def test_two_hundred_steps_far_below_the_spacing(dtype, name):
 @pytest.mark.short("bfloat16")
 @half
 def test_one_hundred_thousand_steps(dtype):
-    """On a weight of 1.0, each of 1e-5: it ends at 0.0. Rounded to nearest, it would stay at 1.0."""
-    # PyTorch takes each in Python, and TensorFlow each operation of each alone.
+    """A weight of 1.0 makes steps of 1e-5 and ends at 0.0. Rounded to nearest, it would stay at 1.0."""
+    # PyTorch makes each step in Python, and TensorFlow each operation of a step.
     steps = 100_000 if BACKEND == "jax" else 5_000
     rate = 1.0 / steps * 0.9
 
@@ -182,7 +182,7 @@ def test_one_hundred_thousand_steps(dtype):
 
 
 def test_second_moment_in_bfloat16_does_not_stall():
-    """After large gradients come small ones: v falls by a thousandth a step, less than its spacing."""
+    """After large gradients come small ones: v falls by a thousandth per step, less than its spacing."""
     variable = keras.Variable(np.zeros(4, "float32"))
     optimizer = keras_adam.Adam(0.0, state_dtype="bfloat16")
     optimizer.build([variable])
@@ -211,7 +211,7 @@ BOTH_HALF = {"state_dtype": "bfloat16", "amsgrad": True}
     ],
 )
 def test_fast_path_equals_the_portable_one(dtype, options, monkeypatch):
-    """A rounding of float32 may turn one of bfloat16, in a few places."""
+    """In a few places, a rounding of float32 may change one of bfloat16."""
 
     class Portable(keras_adam.Adam):
         def update_step(self, gradient, variable, learning_rate):
@@ -361,7 +361,7 @@ def test_save_and_go_on(dtype, options, tmp_path):
 
 
 def test_state_saved_without_compensation(tmp_path):
-    """By Keras's Adam, or with kahan_sum=False: the compensation begins at zero."""
+    """It was saved by Keras's Adam, or with kahan_sum=False: the compensation begins at zero."""
     keras.config.set_dtype_policy("bfloat16")
     for other in (keras.optimizers.Adam(1e-3), keras_adam.Adam(1e-3, kahan_sum=False)):
         model = make_model(other)
@@ -433,7 +433,7 @@ def stepper(optimizer, variables):
     ids=["plain", "accumulation", "clipped"],
 )
 def test_bad_steps_change_nothing(options, is_compiled, bad):
-    """A run with bad gradients strewn in is, to the bit, the run without them."""
+    """A run with some bad gradients equals the run without them, to the bit."""
     starts, gradients = helpers.random_problem(np.random.default_rng(2), 12)
 
     def train(strewn):
@@ -494,7 +494,7 @@ def test_errors(options):
 
 
 def test_lora():
-    """bfloat16 adapters over a frozen base, at the rates of such fine-tuning."""
+    """bfloat16 adapters over a frozen base, at learning rates that are usual for fine-tuning."""
     keras.config.set_dtype_policy("bfloat16")
     rng = np.random.default_rng(0)
     base = keras.layers.Dense(16, name="base")
@@ -526,7 +526,7 @@ def test_rounding_leaves_any_nan(dtype):
 
 
 def test_small_float16_weights():
-    """Below 2^-13 float16 has no number small enough for what rounding takes."""
+    """Below 2^-13 float16 has no number as small as a rounding error."""
     variable = keras.Variable([0.0], dtype="float16")
     optimizer = keras_adam.Adam(2e-8, epsilon=1e-12)
     optimizer.build([variable])
@@ -582,7 +582,7 @@ def test_variables_beyond_the_last_build(options):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch alone updates them in pieces")
 def test_pieces_that_end_within_a_variable(monkeypatch, rng):
-    """As of one piece, but for the kernel's rounding at the end of a piece; an empty variable is in no piece."""
+    """They equal one piece, except for the kernel's rounding at a piece's end; an empty variable is in no piece."""
     from keras_adam.engines import torch_kernel as backend
 
     sizes = [(3, 5), (), (0,), (7,), (2, 2, 4)]
@@ -606,7 +606,7 @@ def test_pieces_that_end_within_a_variable(monkeypatch, rng):
 @half
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch alone has a way of its own")
 def test_own_way_to_round_is_that_of_the_rule(dtype):
-    """To the bit, for each bfloat16 there is; also where another value was set, and where there is no number."""
+    """It is so to the bit, for each bfloat16; also where another value was set, and for NaN."""
     import torch
 
     from keras_adam.engines import torch_kernel as backend
@@ -662,7 +662,7 @@ def test_gradients_of_different_dtypes(dtype, large):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("options", [{}, {"amsgrad": "corrected"}], ids=["fused", "portable"])
 def test_step_within_a_layer_of_mixed_precision(options, dtype, built):
-    """There `variable.value` is a copy in bfloat16."""
+    """Within such a layer `variable.value` is a copy in bfloat16."""
     variable = keras.Variable([1.0], dtype=dtype)
     optimizer = keras_adam.Adam(0.1, **options)
     if built == "before":
@@ -684,7 +684,7 @@ def test_step_within_a_layer_of_mixed_precision(options, dtype, built):
 
 
 def test_state_within_a_layer_of_mixed_precision():
-    """There a variable of float32 gives itself as float16, which is no value to save or to restore."""
+    """Within such a layer a float32 variable returns a float16 value, which must not be saved or restored."""
     variable = keras.Variable([1.2345678, 2.3456789], name="v")
     optimizer = keras_adam.Adam(0.01, use_ema=True, ema_momentum=0.5)
     for gradient in ([0.1234567, 0.2], [0.3, -0.7654321]):

@@ -64,7 +64,7 @@ def test_ints():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_callable_is_called_at_each_step(name):
-    """In a step that is not compiled, where it may return a plain number."""
+    """A step that is not compiled calls it each time, so that it may return a plain number."""
     values = [VALUES[name] * factor for factor in (1, 0.5, 0.25, 0.75, 0.5, 0.125)]
     calls = iter(values)
     optimizer = keras_adam.Adam(**{**VALUES, name: lambda: next(calls)})
@@ -82,7 +82,7 @@ def test_schedule(name):
 
 
 def test_schedule_counts_micro_steps_under_accumulation():
-    """As Keras documents: it looks at the real number of steps."""
+    """Keras documents that it counts all calls."""
     schedule = schedules.ExponentialDecay(0.5, 2, 0.5)
     optimizer = keras_adam.Adam(schedule, gradient_accumulation_steps=3)
     expected = train_reference(
@@ -94,7 +94,7 @@ def test_schedule_counts_micro_steps_under_accumulation():
 @either_way
 @pytest.mark.parametrize("given", [0.25, 1, np.float32(0.25), tensor(0.25)], ids=repr)
 def test_setting_the_learning_rate(make_step, given):
-    """It counts from the next step on, compiled or not."""
+    """It holds from the next step on, compiled or not."""
 
     def halfway(optimizer, i):
         if i == 3:

@@ -1,4 +1,4 @@
-"""`import keras_adam` brings nothing along but itself: no other framework, and nothing that would take time."""
+"""`import keras_adam` imports no other framework, and nothing that would take time."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ def test_nothing_but_the_package_is_imported():
     # Keras itself imports JAX where it finds it, for a callback's sake.
     added, modules = json.loads(done.stdout.splitlines()[-1])
     assert added == ["keras_adam"]
-    # Nor more of what keras has begun to import: each module but the package's own takes time.
+    # Nor any further module of what keras imports: each takes time.
     assert {m.partition(".")[0] for m in modules} == {"keras_adam"}
     engines = {m for m in modules if m.startswith("keras_adam.engines.")}
     names = {m.rpartition(".")[2].partition("_")[0] for m in engines}
@@ -47,7 +47,7 @@ def test_nothing_but_the_package_is_imported():
 
 
 def test_a_module_imports_only_from_modules_below_it():
-    """In the order of the table in docs/design.md; `engines/` is one of its rows."""
+    """The order is that of the table in docs/design.md; `engines/` is one of its rows."""
     package = pathlib.Path(keras_adam.__file__).parent
     table = (package.parent / "docs" / "design.md").read_text().partition("## The house")[2]
     rows = [
@@ -67,7 +67,7 @@ def test_a_module_imports_only_from_modules_below_it():
 
 
 def _imported_from(path):
-    """The modules of the package that one of its files imports; of `engines.base`, `engines`."""
+    """Return the package's modules that one of its files imports; `engines.base` counts as `engines`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras_adam"):
             names = [node.module.removeprefix("keras_adam.")]

@@ -1,4 +1,4 @@
-"""How often an eager step on JAX is compiled, counted, and that it does the same compiled or not."""
+"""How often an eager step on JAX is compiled, and that it does the same compiled or not."""
 
 import keras
 import numpy as np
@@ -174,7 +174,7 @@ def test_pieces_do_what_the_portable_path_does(name, dtype, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pieces_give_the_bits_of_the_compiled_call(options, dtype, monkeypatch):
-    """So that a run that is resumed, and compiles at another step, is the same run."""
+    """A run that is resumed compiles at another step, and must still be the same run."""
     found = []
     for at_once in (256, 0):
         monkeypatch.setattr(backend, "_MOST_AT_ONCE", at_once)
@@ -187,3 +187,38 @@ def test_pieces_give_the_bits_of_the_compiled_call(options, dtype, monkeypatch):
         found.append([np.asarray(v.value) for v in (*variables, *optimizer.variables)])
     for compiled, in_pieces in zip(*found, strict=True):
         np.testing.assert_array_equal(compiled, in_pieces)
+
+
+@pytest.mark.parametrize("held", ["nothing", "array", "view of NumPy", "variable of a copy"])
+def test_state_that_somebody_holds_stays_as_it_was(held, rng):
+    starts, grads = problem(rng, 4)
+    variables, others = variables_of(starts), variables_of(starts)
+    optimizer = keras_adam.Adam(0.1)
+    without = Portable(0.1)
+    for gradients in grads[:2]:
+        optimizer.apply(tensors(gradients), variables)
+        without.apply(tensors(gradients), others)
+    momentum = optimizer._momentums[0]
+    value = momentum.numpy().copy()
+    holders = {
+        "nothing": lambda: value,
+        "array": lambda: momentum.value,
+        "view of NumPy": lambda: np.asarray(momentum.value),
+        "variable of a copy": lambda: keras.Variable(momentum.value),
+    }
+    holder = holders[held]()
+    for gradients in grads[2:]:
+        optimizer.apply(tensors(gradients), variables)
+        without.apply(tensors(gradients), others)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(holder), value)
+    assert_close(variables, [v.numpy() for v in others], TOLERANCES["float32"])
+
+
+def test_state_that_nobody_holds_is_updated_in_its_own_memory(rng):
+    starts, grads = problem(rng, 2)
+    variables, optimizer = variables_of(starts), keras_adam.Adam(0.1)
+    optimizer.apply(tensors(grads[0]), variables)
+    before = [v.value.unsafe_buffer_pointer() for v in optimizer.variables if v.shape]
+    optimizer.apply(tensors(grads[1]), variables)
+    after = [v.value.unsafe_buffer_pointer() for v in optimizer.variables if v.shape]
+    assert sorted(before) == sorted(after)

@@ -1,4 +1,4 @@
-"""On JAX, arrays that are spread over devices stay so; in a process of its own, which has eight."""
+"""On JAX, arrays that are spread over devices stay so; tested in a process of its own, with eight devices."""
 
 import os
 import subprocess

@@ -29,7 +29,7 @@ EVERYWHERE = ("jax", "tensorflow", "torch")
 def fault(*backends, raises=AssertionError):
     """Parametrize a test over the class; `backends` are those where Keras's Adam fails it.
 
-    Another release than the one measured may have mended a fault, or not have had it yet.
+    Another release may have mended a fault, or not have it yet.
     """
     classes = [pytest.param(keras_adam.Adam, id="ours")]
     if BACKEND in backends:
@@ -44,7 +44,7 @@ ROWS = set()
 
 
 def row(number):
-    """Tell which row of docs/keras_faults.md a test is of."""
+    """Mark which row of docs/keras_faults.md a test belongs to."""
     ROWS.add(number)
     return lambda test: test
 
@@ -119,7 +119,7 @@ def test_decay_in_bfloat16(cls):
 @row(4)
 @fault(*EVERYWHERE)
 def test_decay_and_step_are_rounded_together(cls):
-    """Each is below half of the spacing of float16 below 1, their sum is not."""
+    """Each is less than half of float16's spacing below 1; their sum is more."""
     got = train(cls(2e-4, weight_decay=1.0), [1.0], [[1.0]], "float16")
     np.testing.assert_array_equal(got, [1 - 2.0**-11])
 
@@ -145,7 +145,7 @@ def slices(values, rows, count):
 @only("tensorflow")
 @fault("tensorflow")
 def test_row_twice_in_a_sparse_gradient(cls):
-    """Its two gradients are to be added up before the square is taken."""
+    """Its two gradients must be added before they are squared."""
     optimizer, table = cls(), keras.Variable(np.ones((3, 1)), name="table")
     optimizer.apply([slices([[1.0], [1.0]], [2, 2], 3)], [table])
     velocity = value_of(slots(optimizer, "velocity")[0])
@@ -165,7 +165,7 @@ def test_loss_scale_and_sparse_gradient(cls):
 @row(12)
 @fault("jax", "tensorflow", raises=(AttributeError, TypeError, ValueError))
 def test_average_and_a_variable_that_is_overwritten(cls):
-    """As float8 training overwrites its scales with what it calls their gradients."""
+    """float8 training overwrites its scales with what it calls their gradients."""
     weight, scale = keras.Variable([1.0], name="weight"), keras.Variable([1.0], name="scale")
     scale.overwrite_with_gradient = True
     optimizer = cls(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)
@@ -180,7 +180,7 @@ def test_average_and_a_variable_that_is_overwritten(cls):
 @row(34)
 @fault("jax", raises=TypeError)
 def test_fit_after_the_averages_became_the_weights(cls):
-    """On JAX a train step donates its arrays: a weight and its average may not be the same one."""
+    """On JAX a train step donates its arrays: a weight and its average must not share one."""
     model = make_model(cls(0.02, use_ema=True))
     fit(model)
     before = weights(model)
@@ -221,7 +221,7 @@ MIRRORED = """
 
 @functools.cache
 def on_two_replicas(name):
-    """What a class does there; in a process of its own, as TensorFlow takes devices at its start only."""
+    """Return what a class does there; in a process of its own, as TensorFlow sets up devices only at its start."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     script = textwrap.dedent(MIRRORED).replace("CLASS", name)
     command = [sys.executable, "-c", script]
@@ -241,7 +241,7 @@ def on_replicas_of(cls):
 @only("tensorflow")
 @fault("tensorflow")
 def test_clipping_of_the_reduced_gradient(cls):
-    """Of norm 1 after the clipping, not 1 for each replica; beta_1 = 0 makes it the first moment."""
+    """Its norm is 1 after the clipping, not 1 per replica; beta_1 = 0 makes it the first moment."""
     assert on_replicas_of(cls)["momentum"] == pytest.approx(1.0, rel=1e-5)
 
 
@@ -259,7 +259,7 @@ def test_fit_on_replicas(cls, option):
 @row(7)
 @fault(*EVERYWHERE)
 def test_average_under_accumulation(cls):
-    """It is of the values after each update, not after each micro-step."""
+    """It averages the values after each update, not after each micro-step."""
     options = {"learning_rate": 0.1, "use_ema": True, "ema_momentum": 0.5}
     options["gradient_accumulation_steps"] = 2
     variable, optimizer = keras.Variable([1.0]), cls(**options)
@@ -273,14 +273,14 @@ def test_average_under_accumulation(cls):
 @row(8)
 @fault("torch")
 def test_accumulator_forgets_nan(cls):
-    """Times zero, it would stay."""
+    """Multiplied by zero, a NaN would stay."""
     optimizer = cls(gradient_accumulation_steps=2)
     train(optimizer, [1.0], [[np.nan], [1.0]])
     np.testing.assert_array_equal(value_of(slots(optimizer, "gradient_accumulator")[0]), [0.0])
 
 
 def operations(jaxpr):
-    """Names of the operations on arrays that run in any case, in no branch and no loop."""
+    """Return the names of the operations on arrays that always run: those outside of branches and loops."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in ("cond", "while", "scan"):
@@ -309,7 +309,7 @@ def test_micro_step_does_no_work_of_an_update(cls):
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
 @fault("tensorflow", "torch")
 def test_no_gradient_when_an_update_is_due(cls):
-    """What the earlier micro-steps brought is applied all the same."""
+    """The gradients of the earlier micro-steps are applied all the same."""
     a, b = keras.Variable([1.0], name="a"), keras.Variable([1.0], name="b")
     step = eager_step(cls(0.1, gradient_accumulation_steps=2), [a, b])
     step([1.0], [1.0])
@@ -368,8 +368,8 @@ def test_setting_a_learning_rate_over_a_callable(cls):
 @row(17)
 @fault("jax", "tensorflow")
 def test_callable_learning_rate_is_not_frozen(cls):
-    """Each step of `fit` asks for it; where `fit` is compiled, it is refused."""
-    rates = iter([0.1, 0.001, 0.02, 0.01] * 2)  # some are left for what asks ahead
+    """Each step of `fit` calls it; where `fit` is compiled, it is refused."""
+    rates = iter([0.1, 0.001, 0.02, 0.01] * 2)  # with some more for calls ahead of a step
     model = make_model(cls(lambda: next(rates)))
     if cls is keras_adam.Adam and BACKEND != "torch":
         with pytest.raises(ValueError, match="callable"):
@@ -387,7 +387,7 @@ def test_callable_learning_rate_is_not_frozen(cls):
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
 @fault(*EVERYWHERE)
 def test_first_step_of_a_variable_that_joins_late(cls):
-    """It is as long as any variable's first step; Keras's knows no other way to join than without gradients."""
+    """It is as long as any first step. With Keras's Adam a variable joins late if it had no gradients before."""
     first, late = keras.Variable([1.0], name="first"), keras.Variable([1.0], name="late")
     optimizer = cls(0.01)
     if cls is keras_adam.Adam:
@@ -422,7 +422,7 @@ def test_unfrozen_variable(cls):
 @row(19)
 @fault(*EVERYWHERE, raises=pytest.fail.Exception)
 def test_state_of_as_many_arrays(cls, tmp_path):
-    """An average is no maximum, though both are the third array of a variable."""
+    """An average is not a maximum, though both are the third array of a variable."""
 
     def make(**options):
         layers = [keras.Input((4,)), keras.layers.Dense(2, use_bias=False, name="dense")]
@@ -439,7 +439,7 @@ def test_state_of_as_many_arrays(cls, tmp_path):
 
 @pytest.fixture
 def weights_file(tmp_path):
-    """Of a model that Adam trained for an epoch."""
+    """Return the file of a model that Adam trained for an epoch."""
 
     def save(optimizer):
         model = make_model(optimizer)
@@ -454,7 +454,7 @@ def weights_file(tmp_path):
 @pytest.mark.filterwarnings("ignore:Skipping variable loading")
 @fault(*EVERYWHERE, raises=pytest.fail.Exception)
 def test_state_of_another_size(cls, weights_file):
-    """Going on from step 0 with trained weights is not what was asked for."""
+    """Training must not go on from step 0 with trained weights."""
     path = weights_file(cls(amsgrad=True))
     model = make_model(cls())
     model.optimizer.build(model.trainable_variables)
@@ -498,7 +498,7 @@ def test_short_list_of_weights(cls):
 
 
 def decayed(optimizer, variables):
-    """Which of the variables does weight decay act on?"""
+    """Return the variables on which weight decay acts."""
     before = [value_of(v) for v in variables]
     eager_step(optimizer, variables)(*[np.zeros_like(b) for b in before])
     return [v.name for v, b in zip(variables, before, strict=True) if (value_of(v) != b).any()]
@@ -546,7 +546,7 @@ def test_exclusions_in_the_config(cls):
 @row(25)
 @fault(*EVERYWHERE)
 def test_pattern_means_the_same_everywhere(cls):
-    """Its name and its path, on each backend, without TensorFlow's ":0"."""
+    """It is matched with name and path on each backend, without TensorFlow's ":0"."""
     for pattern in ("^bias$", "^dense/bias$"):
         with keras.name_scope("dense"):
             variables = two_variables()

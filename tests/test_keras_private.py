@@ -1,4 +1,4 @@
-"""The private hooks of Keras that this package replaces or calls: if one goes, that must be loud."""
+"""The private hooks of Keras that this package replaces or calls: if one is gone, the import must fail."""
 
 import importlib.util
 import inspect
@@ -105,7 +105,7 @@ def test_a_hook_may_take_further_parameters_that_can_be_left_out(monkeypatch):
 
 
 def test_a_hook_that_another_library_has_wrapped_is_let_pass(monkeypatch):
-    """Of a wrapper that takes anything it cannot be told what it needs."""
+    """A wrapper that takes any arguments does not show which it needs."""
     hook = keras.optimizers.Optimizer.apply_gradients
 
     def wrapper(*args, **kwargs):
@@ -116,7 +116,7 @@ def test_a_hook_that_another_library_has_wrapped_is_let_pass(monkeypatch):
 
 
 def changed_copy(module, old, new):
-    """Return a copy of a module of Keras with another source; Keras itself does not learn of it."""
+    """Return a copy of one of Keras's modules with a changed source; Keras itself stays as it is."""
     source = inspect.getsource(module)
     assert old in source
     source = source.replace("@keras_export", "@(lambda *names: lambda x: x)").replace(old, new)

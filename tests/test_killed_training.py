@@ -1,12 +1,12 @@
 """Training that is killed and started again under Keras's BackupAndRestore ends as if it had not been.
 
-What that callback leaves to be desired is its own, and the optimizer can do nothing about it:
+The callback itself has gaps, which the optimizer cannot close:
 
-- It goes on at the beginning of the epoch in which it saved: the batch that it writes down is never
-  read. So with `save_freq` a number of batches some of them are trained twice; here it saves by the epoch.
-- It writes the weights, then of which epoch they are. Killed in between, that epoch is trained twice.
-- Killed in the midst of a save, what it wrote is broken, and `fit` raises: an earlier one to fall back on is
-  kept with `double_checkpoint=True` alone, as here, and not before the second save.
+- It goes on at the beginning of the epoch in which it saved: it writes down the batch, but never reads it. So if
+  `save_freq` is a number of batches, some of them are trained twice; here it saves once per epoch.
+- It writes the weights, and then their epoch. Killed in between, that epoch is trained twice.
+- Killed in the midst of a save, its file is broken, and `fit` raises. Only `double_checkpoint=True`, as here, keeps an
+  earlier file to fall back on, and not before the second save.
 """
 
 import json
@@ -28,7 +28,7 @@ NAMES = list(CONFIGURATIONS) if IS_FUZZ else ["everything", "bfloat16"]
 
 
 def train(folder, runs):
-    """Each run is a configuration, a name and the deaths; all in one process that forks each life."""
+    """Train runs, each given as configuration, name and deaths, in one process that forks each life."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-m", "support.killed_run", folder, json.dumps(runs)],
@@ -45,7 +45,7 @@ def load(folder, name):
 
 
 def deaths(rng):
-    """In epochs that come one after another, or in the same one again; one in the midst of a save."""
+    """Draw deaths in epochs one after another, or in the same one again; one is in the midst of a save."""
     epochs = sorted(int(e) for e in rng.integers(1, EPOCHS, DEATHS))
     places = [["batch", epoch, int(rng.integers(0, BATCHES))] for epoch in epochs]
     places[-1] = ["during save", epochs[-1]]

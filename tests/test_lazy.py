@@ -197,7 +197,7 @@ def test_embedding_in_fit(jit_compile):
         model.fit(tokens, np.ones((8, 3, WIDTH)), batch_size=2, epochs=2, shuffle=False, verbose=0)
         return model.get_weights()
 
-    # All batches touch the same rows, so that the dense result is the lazy one.
+    # All batches touch the same rows, so that dense and lazy give the same.
     assert_close(trained(keras_adam.Adam(0.1, lazy=True)), trained(keras_adam.Adam(0.1)), rtol=1e-5)
 
 

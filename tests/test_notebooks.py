@@ -1,4 +1,4 @@
-"""Notebooks run, each under one of the backends, and are stored as they ran: in order, whole, with their pictures."""
+"""Each notebook runs under one of the backends, and is stored as it ran: in order, whole, with its pictures."""
 
 import re
 import sys

@@ -44,7 +44,7 @@ WRONG = {
     "ema_momentum": [-0.1, 1.1, None, "half"],
     "ema_overwrite_frequency": [0, -1, 1.5, True],
     "gradient_accumulation_steps": [0, 1, 2.0],
-    "state_dtype": ["float16", 32],
+    "state_dtype": ["float16", "8-bit", 32],
     "kahan_sum": ["no", 0],
     "skip_nonfinite": [None, 1, "yes"],
     "lazy": [None, 1, "yes"],
@@ -199,7 +199,7 @@ def test_count_of_skipped_steps_cannot_be_replaced():
 
 @pytest.mark.parametrize("name", ["clipnorm", "loss_scale_factor", "lazy", "skip_nonfinite"])
 def test_after_a_compiled_fit(name, rng):
-    """There it is a constant of the step: refused, but for the value that it has; PyTorch does not compile."""
+    """It is a constant of that step: any other value is refused. PyTorch does not compile."""
     x, y = (rng.standard_normal((8, n)).astype("float32") for n in (3, 1))
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile(keras_adam.Adam(0.1), loss="mse")
@@ -217,7 +217,7 @@ def test_after_a_compiled_fit(name, rng):
 
 
 def test_the_way_out_of_a_refusal(rng):
-    """As the error tells: a copy, which keeps the state."""
+    """As the error says: a copy, which keeps the state."""
     x, y = (rng.standard_normal((8, n)).astype("float32") for n in (3, 1))
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile(keras_adam.Adam(0.1), loss="mse")

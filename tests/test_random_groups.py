@@ -1,4 +1,4 @@
-"""Groups of any make, changed at any time and joined at any time, against one reference a variable."""
+"""Random groups, changed and added at random times, against one reference per variable."""
 
 import keras
 import numpy as np
@@ -40,7 +40,7 @@ MULTIPLIER = {"learning_rate_multiplier": st.sampled_from([0, 0.5, 1, 3])}
 
 @st.composite
 def groups_of_variables(draw):
-    """Each group: options, shapes of its variables, way to select them, step at which it joins."""
+    """Draw groups, each as options, shapes of its variables, way to select them, and step at which it joins."""
     found = []
     for _ in range(draw(st.integers(0, 4))):
         options = draw(st.fixed_dictionaries({}, optional={**NUMBERS, **CHOICES}))

@@ -1,4 +1,4 @@
-"""The reference itself, against implementations that others wrote, all in float64."""
+"""The reference itself, against other people's implementations, all in float64."""
 
 import keras
 import optax
@@ -78,8 +78,8 @@ def test_agrees_with_optax(case, problem):
     assert_same_trajectory(actual, run_optax(transformation, *problem), EXACT)
 
 
-# Keras holds the learning rate and reads the betas in float32: here each is a sum of few powers of
-# two, which float32 has exactly, so that all else is compared in float64.
+# Keras holds the learning rate and reads the betas in float32. Here each is a sum of few powers of two, which float32
+# holds exactly, so that all else is compared in float64.
 IN_FLOAT32 = {"learning_rate": 2.0**-10, "beta_1": 1 - 2.0**-3, "beta_2": 1 - 2.0**-10}
 
 KERAS_CASES = {

@@ -1,4 +1,4 @@
-"""What `repr` tells of an optimizer and its groups, in a traced step too."""
+"""What `repr` shows of an optimizer and its groups, in a traced step too."""
 
 import keras
 import pytest
@@ -62,11 +62,11 @@ def test_groups_are_printed_one_a_line_with_what_differs():
     optimizer = keras_adam.Adam(
         param_groups=[
             {"params": ".*bias", "weight_decay": 0.0, "learning_rate_multiplier": 0.5},
-            {"params": [dense, *"abc"], "lr": SCHEDULE, "maximize": True},
+            {"params": [dense, *"abc"], "lr": SCHEDULE, "maximize": True, "state_dtype": "8bit"},
         ],
     )
     first = "learning_rate=0.001 * 0.5, weight_decay=0.0>"
-    second = "learning_rate=CosineDecay, maximize=True>"
+    second = "learning_rate=CosineDecay, maximize=True, state_dtype='8bit'>"
     others = "learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-07>"
     assert repr(optimizer.param_groups) == (
         f"[<ParamGroup of '.*bias', not built: {first},\n"
@@ -88,7 +88,7 @@ def test_groups_are_printed_one_a_line_with_what_differs():
 
 
 class Watched(keras_adam.Adam):
-    """Reads itself in each step."""
+    """Calls its own `repr` in each step."""
 
     def apply(self, grads, trainable_variables=None):
         """Step, and read before and after."""

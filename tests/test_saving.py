@@ -18,7 +18,7 @@ BACKEND = keras.backend.backend()
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a model, trained for an epoch, of each optimizer, and the optimizer's state."""
+    """Return a folder with a model for each optimizer, trained for an epoch, and the optimizer's state."""
     folder = tmp_path_factory.mktemp("saved")
     for name, (make_optimizer, _) in (OPTIMIZERS | FROM_KERAS).items():
         model = make_model(make_optimizer())
@@ -122,7 +122,7 @@ MISFITS = {
 @pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
 @pytest.mark.parametrize("case", MISFITS)
 def test_state_that_does_not_fit(case, built, tmp_path):
-    """Neither is anything assigned, nor does training start without the state."""
+    """Nothing is assigned, and training does not start without the state."""
     make_saved, make_loaded, message = MISFITS[case]
     model = make_saved()
     fit(model)
@@ -163,7 +163,7 @@ def schedule():
 @pytest.mark.parametrize("cls", [keras_adam.Adam, keras.optimizers.Adam], ids=["ours", "keras"])
 @pytest.mark.parametrize("to_schedule", [True, False], ids=["to schedule", "to number"])
 def test_number_and_schedule(cls, to_schedule, tmp_path):
-    """The kind of learning rate may change in the middle of a training; the moments are kept."""
+    """The learning rate may change from number to schedule and back in a training; the moments are kept."""
     before, after = (cls(0.02), keras_adam.Adam(schedule()))
     rates = (lambda step: 0.02, lambda step: 0.02 * 0.5 ** (step / 4))
     if not to_schedule:
@@ -200,7 +200,7 @@ def test_exclusions_from_decay_survive(exclude, tmp_path):
 
 
 def numbered_model(first_units=4, waste=0):
-    """Layers that Keras names: their numbers tell the order of creation in the session."""
+    """Return a model whose layers Keras names: their numbers show the order of creation in the session."""
     for _ in range(waste):
         keras.layers.Dense(1)
     model = keras.Sequential(
@@ -285,7 +285,7 @@ def test_a_group_of_frozen_layers_alone(tmp_path):
 
 
 def test_numbers_of_groups_go_through_a_store_that_tells_no_roles():
-    # Found by test_fuzz.py: what holds the numbers was left out, and nothing loaded.
+    # Found by test_fuzz.py: the variables that hold the numbers were left out, and nothing was loaded.
     variables = [keras.Variable([1.0, 2.0], name="a"), keras.Variable([3.0, 4.0], name="b")]
     make = functools.partial(keras_adam.Adam, 0.1, param_groups=[{"params": "b", "beta_1": 0.5}])
     optimizer = make()
@@ -300,8 +300,8 @@ def test_numbers_of_groups_go_through_a_store_that_tells_no_roles():
 
 
 def test_order_of_joining_does_not_matter_to_a_store_that_tells_no_roles():
-    # Found by test_fuzz.py: a group added before training has its state behind all else, and an
-    # optimizer built anew has not; of shapes all alike each would get another one's.
+    # Found by test_fuzz.py: a group added before training had its state behind all else, but not in an optimizer built
+    # anew. With equal shapes, variables would get each other's state.
     variables = [keras.Variable([1.0, 2.0], name=name) for name in "abc"]
     optimizer = keras_adam.Adam(0.1, use_ema=True)
     optimizer.build(variables[:2])

@@ -1,4 +1,4 @@
-"""Files of state that are damaged, edited, foreign or old: loaded right, or a clear error that changes nothing."""
+"""State files that are damaged, edited, foreign or old are loaded right, or a clear error changes nothing."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ LAST = 7  # the last array of `trained`
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a trained model, as `.keras` and as `.weights.h5`, and that model."""
+    """Return a folder with a trained model, as `.keras` and as `.weights.h5`, and that model."""
     folder = tmp_path_factory.mktemp("trained")
     model = make_model(keras_adam.Adam(0.02, amsgrad=True))
     fit(model)
@@ -35,7 +35,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_model():
-    """A model whose optimizer has a state of its own, to see that this does not change."""
+    """Return a model whose optimizer has other state, to see that this does not change."""
     model = make_model(keras_adam.Adam(0.01, amsgrad=True))
     fit(model, epochs=2)
     return model
@@ -62,7 +62,7 @@ def edited(trained, tmp_path):
 
 
 def replace(arrays, key, value, **attributes):
-    """Put another array in the place of one, on purpose: without its checksum."""
+    """Replace an array on purpose, that is without its checksum."""
     told = dict(arrays[key].attrs) | attributes
     del arrays[key], told["crc32"]
     arrays[key] = value
@@ -70,7 +70,7 @@ def replace(arrays, key, value, **attributes):
 
 
 def nameless(arrays):
-    """As Keras's Adam writes them."""
+    """Remove the attributes, which Keras's Adam does not write."""
     for array in arrays.values():
         for name in list(array.attrs):
             del array.attrs[name]
@@ -146,7 +146,7 @@ def test_cut_off_archive(trained, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:No state of optimizer")
 def test_one_changed_byte_of_the_weights(trained, target, tmp_path):
-    """What is loaded is what was saved, or nothing."""
+    """The saved state is loaded, or nothing."""
     whole = (trained[0] / "model.weights.h5").read_bytes()
     before = state_of(target.optimizer)
     path = tmp_path / "changed.weights.h5"
@@ -239,7 +239,7 @@ def test_state_of_another_optimizer(name, tmp_path):
 
 
 def test_model_without_an_optimizer(target, tmp_path):
-    """As pretrained weights are published; there is no state to load, or to mistake for one."""
+    """Pretrained weights are published so: there is no state to load, and nothing is mistaken for it."""
     before = state_of(target.optimizer)
     make_model().save_weights(tmp_path / "pretrained.weights.h5")
     with pytest.warns(UserWarning, match="No state of optimizer '.*' was saved there"):
@@ -370,7 +370,7 @@ def test_count_as_float(edited, target):
 
 
 def test_swapped_arrays(edited, target, trained):
-    """The names tell which is which, not the order."""
+    """Names decide which array is which, not the order."""
 
     def swap(arrays):
         for one, other in (("2", "x"), ("5", "2"), ("x", "5")):
@@ -399,7 +399,7 @@ def after_a_step(variables):
 
 
 def test_two_variables_of_one_path(tmp_path):
-    """Their order alone tells them apart; it must not be another one."""
+    """Only their order tells them apart; another order is refused."""
     source = after_a_step(two_variables("a", "a"))
     path = save_state(tmp_path / "state.h5", source)
     target = keras_adam.Adam()
@@ -468,7 +468,7 @@ def test_late_variable_without_moments(tmp_path):
 
 
 def test_start_that_is_not_needed_any_more(tmp_path):
-    """What was loaded knows of fewer variables that joined late; so does what is saved then."""
+    """The loaded state has fewer late variables, and so has the state that is saved then."""
     a, b = two_variables("a", "b")
     late = after_a_step([a])
     late.add_param_group({"params": b})
@@ -493,7 +493,7 @@ def test_swapped_arrays_without_names(edited, target):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
 def test_values_are_kept_as_they_are(value, edited, target):
-    """What training came to is not for a reader to judge."""
+    """Loading does not check values."""
     path = edited(lambda arrays: replace(arrays, "5", np.array([value, 1.0], "f4")))
     target.load_weights(path)
     np.testing.assert_array_equal(slots(target.optimizer, "velocity")[1].numpy(), [value, 1.0])
@@ -531,7 +531,7 @@ def stored(optimizer):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("other", ["bfloat16", "float16"])
 def test_compensation_of_another_dtype(dtype, other):
-    """It is kept at another scale there, so that it begins at zero."""
+    """In another dtype it has another scale, so that it begins at zero."""
     source, loaded = stepped(dtype, 3), stepped(other, 1)
     assert np.any(stored(source)["5"])
     loaded.load_own_variables(stored(source))
@@ -557,7 +557,7 @@ def test_older_version(path):
 
 @pytest.mark.parametrize("path", sorted(OLD.glob("joined_late-*")), ids=lambda p: p.name[12:19])
 def test_older_version_with_groups(path, tmp_path):
-    """Its state goes on as that of a run by the present version."""
+    """Training goes on from its state as in a run of the present version."""
 
     def prepared():
         model = make_model(keras_adam.Adam(0.02, param_groups=[]))
@@ -633,7 +633,7 @@ def test_what_keras_wrote(options, tmp_path):
 
 
 def test_pending_state_is_saved(trained, tmp_path):
-    """Loaded, and saved before it was built: nothing is lost on the way."""
+    """State that is loaded, and saved before `build`, is not lost."""
     model = make_model(keras_adam.Adam(amsgrad=True))
     model.load_weights(trained[0] / "model.weights.h5")
     model.optimizer.learning_rate = 0.5
@@ -645,7 +645,7 @@ def test_pending_state_is_saved(trained, tmp_path):
 
 
 def test_second_loading_before_build(trained, tmp_path):
-    """The last one counts; if it fails at build, the state is that of before the first."""
+    """The last one counts; if it fails at `build`, the state is that from before the first one."""
     model = make_model(keras_adam.Adam(0.25))
     model.load_weights(trained[0] / "model.weights.h5")
     model.load_weights(trained[0] / "model.weights.h5")
@@ -671,7 +671,7 @@ def rewrite_config(source, target, change):
 
 
 def lambda_config(marker):
-    """What Keras writes for a lambda that would leave a mark if it ran."""
+    """Return what Keras writes for a lambda that would leave a mark if it ran."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a lambda is saved
         return keras.saving.serialize_keras_object(

@@ -1,4 +1,4 @@
-"""`check_state_tree`: what `model.set_state_tree` would pass over in silence is refused before anything is set."""
+"""`check_state_tree` refuses what `model.set_state_tree` would silently pass over, before anything is set."""
 
 import keras
 import numpy as np
@@ -36,7 +36,7 @@ def test_a_tree_that_fits_lets_training_go_on(value_format):
     assert_close(weights(model), Expected(EVERYTHING).fit().fit().weights)
 
 
-# Options of the model, and what of the tree of a plain Adam named "adam" does not fit it.
+# Options of the model, and what does not fit it in the tree of a plain Adam named "adam".
 OTHERS = {
     "name": ({"name": "other"}, "without 'other/iteration', but with 'adam/iteration'"),
     "amsgrad": ({"amsgrad": True}, "without 'adam/model_dense_kernel_velocity_hat'$"),

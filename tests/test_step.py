@@ -72,7 +72,7 @@ def test_sum_of_micro_steps_is_clipped_not_each(make_step):
 @either_way
 @pytest.mark.parametrize("present", [0, 1], ids=["first", "last"])
 def test_gradient_in_one_micro_step_only(make_step, present):
-    """Half of it counts, be it the first or the last of the two that is None."""
+    """Half of it counts, whichever of the two is None."""
     a, b = variable([1.0], "a"), variable([1.0], "b")
     optimizer = keras_adam.Adam(0.1, gradient_accumulation_steps=2)
     step = make_step(optimizer, [a, b])
@@ -90,7 +90,7 @@ def test_gradient_in_one_micro_step_only(make_step, present):
 @either_way
 @pytest.mark.parametrize("accumulation", [None, 2])
 def test_variable_without_gradient_is_left_alone(make_step, accumulation):
-    """By weight decay too, and so are its moments."""
+    """Weight decay leaves it alone too, and its moments stay."""
     a, b = variable([1.0], "a"), variable([1.0], "b")
     optimizer = keras_adam.Adam(0.1, weight_decay=0.5, gradient_accumulation_steps=accumulation)
     step = make_step(optimizer, [a, b])
@@ -106,7 +106,7 @@ def test_variable_without_gradient_is_left_alone(make_step, accumulation):
 
 @without_some
 def test_average_of_a_variable_without_gradient():
-    """It follows the variable all the same, when the others are updated."""
+    """The average follows the variable all the same, when the others are updated."""
     a, b = variable([1.0], "a"), variable([1.0], "b")
     optimizer = keras_adam.Adam(0.1, use_ema=True, ema_momentum=0.5)
     step = compiled_step(optimizer, [a, b])
@@ -225,7 +225,7 @@ def test_zero_gradients(dtype, amsgrad):
 @pytest.mark.parametrize("options", [{}, {"amsgrad": "corrected"}], ids=["plain", "portable"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gradient_that_is_the_value_of_another_variable(options, compiled):
-    """It is what that variable was before the step, whichever is updated first."""
+    """The gradient is that variable's value before the step, whichever is updated first."""
     starts = [np.arange(1.0, 4.0), np.array([2.0, -4.0, 6.0])]
     variables = [variable(x, f"v{i}") for i, x in enumerate(starts)]
     optimizer = keras_adam.Adam(0.1, **options)

@@ -1,4 +1,4 @@
-"""Counts of steps that float32 does not hold (from 2^24 on), and where int32 ends."""
+"""Counts of steps that float32 cannot hold (above 2^24), and the end of int32."""
 
 import keras
 import numpy as np
@@ -77,7 +77,7 @@ def test_variable_that_joins_late_starts_at_its_own_step_one(make_step, count):
     ids=str,
 )
 def test_count_set_back_to_before_a_variable_joined(make_step, count, options):
-    """Then it counts from the beginning as the others do, and as if it had always been there."""
+    """The variable then counts from the beginning like the others, as if it had always been there."""
     ends = []
     every = options.get("gradient_accumulation_steps", 1)
     for joins_late in (True, False):

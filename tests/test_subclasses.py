@@ -1,4 +1,4 @@
-"""Subclasses written as Keras's guides and well-known optimizers are: each hook with Keras's own parameters."""
+"""Subclasses written like those in Keras's guides and in well-known optimizers: hooks with Keras's parameters."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ def halved_in_backend_hook(base):
 
 
 def centralized(base):
-    """Gradient centralization, as `apply` is overridden for."""
+    """Gradient centralization, through an `apply` of its own."""
 
     class Centralized(base):
         def apply(self, grads, trainable_variables=None):
@@ -48,7 +48,7 @@ def damped(base):
 
 
 def with_state(base):
-    """State of its own for each variable, as in the guide: here the gradient before, which is averaged in."""
+    """State of its own for each variable, as in the guide: here the previous gradient, which is averaged in."""
 
     class WithState(base):
         def build(self, variables):
@@ -80,7 +80,7 @@ def on_average(base):
 
 
 def own_rule(base):
-    """An update of its own from the state that Keras's Adam has, here without bias correction."""
+    """Its own update, without bias correction, from the state that Keras's Adam has."""
 
     class OwnRule(base):
         def update_step(self, gradient, variable, learning_rate):
@@ -212,7 +212,7 @@ def test_hook_of_one_optimizer_alone(hook):
 
 @pytest.mark.parametrize("hook", ["update_step", "_backend_update_step", "_clip_gradients"])
 def test_hook_that_is_put_into_the_class(hook, monkeypatch):
-    """As `unittest.mock` and libraries that watch a training do."""
+    """`unittest.mock` does this, and libraries that watch a training."""
     original, called = getattr(keras_adam.Adam, hook), []
 
     def own(self, *arguments):
@@ -265,7 +265,7 @@ def test_state_of_a_subclass_is_saved(tmp_path, rng):
 
 
 def test_numbers_are_asked_once_a_step():
-    """With `assign` of a subclass too, a callable gives all variables the same number."""
+    """All variables get the same number from a callable, also in a subclass with its own `assign`."""
 
     class Assigning(keras_adam.Adam):
         def assign(self, variable, value):

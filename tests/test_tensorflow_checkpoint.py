@@ -19,7 +19,7 @@ EXACT = TOLERANCES["float64"]
 def variables(dtype="float32"):
     return [
         keras.Variable(np.array([1.0, -2.0, 0.5, 3.0, 1.5, -1.0]), dtype=dtype, name="early"),
-        # As large as a group's numbers, so that by order alone one could be restored into the other.
+        # As many elements as a group's numbers, so that a match by order could restore one into the other.
         keras.Variable(np.linspace(-1.0, 1.0, 6), dtype=dtype, name="late"),
     ]
 
@@ -34,7 +34,7 @@ def steps(optimizer, chosen, first, count):
 
 
 def saved_run(folder, dtype="float32", **options):
-    """Two steps of one variable, three of both, a checkpoint, and four more."""
+    """Make two steps of one variable, three of both, a checkpoint, and four more steps."""
     import tensorflow as tf
 
     chosen = variables(dtype)

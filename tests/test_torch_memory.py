@@ -1,4 +1,4 @@
-"""What only PyTorch has: tensors that share memory or are replaced, and modes that change what tensors do."""
+"""PyTorch alone has tensors that share memory or are replaced, and modes that change what tensors do."""
 
 import keras
 import numpy as np
@@ -143,7 +143,7 @@ def test_state_whose_tensors_were_replaced(dtype, options):
     [("float32", {}), ("bfloat16", {}), ("float16", {}), ("float32", {"state_dtype": "bfloat16"})],
 )
 def test_variables_of_one_tensor(dtype, options):
-    """Each is updated from what the one before left, as by separate optimizers."""
+    """Each is updated from the result of the one before, as by separate optimizers."""
     rng = np.random.default_rng(0)
     variables = [keras.Variable([1.0, -2.0, 0.5], dtype=dtype) for _ in range(2)]
     variables[1]._value = variables[0]._value
@@ -222,7 +222,7 @@ MODE_OPTIONS = {
 @pytest.mark.parametrize("name", MODE_OPTIONS)
 @pytest.mark.parametrize("mode", MODES)
 def test_all_within_a_mode(mode, name, dtype):
-    """Variables, state and steps are what they are outside of it, to the bit."""
+    """Variables, state and steps are the same as outside of the mode, to the bit."""
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(6, 7)).astype("float32")
 

@@ -1,4 +1,4 @@
-"""State dicts of PyTorch that bear the names of parameters: the names decide, and what contradicts is refused."""
+"""State dicts of PyTorch with names of parameters: the names decide, and contradictions are refused."""
 
 import keras
 import numpy as np
@@ -40,7 +40,7 @@ def moments_of(optimizer):
 
 
 class Net(nn.Module):
-    """Layers of one shape, which only names can tell apart."""
+    """Layers of one shape, which only their names tell apart."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ def assert_each_has_its_own(optimizer, theirs, names=NET):
 @pytest.mark.parametrize("enclosing", [None, "outer"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_names_decide_in_any_order(rng, enclosing, prefix):
-    """All shapes agree, so that the order alone would mix the layers up without a word."""
+    """All shapes agree, so that the order alone would silently mix up the layers."""
     parameters = list(Net().named_parameters(prefix.rstrip(".")))
     theirs = trained([[parameters[i] for i in rng.permutation(len(parameters))]])
     optimizer = built(named_model("first", "second", enclosing=enclosing))
@@ -96,7 +96,7 @@ def test_names_decide_in_any_order(rng, enclosing, prefix):
 
 @pytest.mark.parametrize("order", [(2, 3, 0, 1, 4, 5), (0, 1, 2, 3, 5, 4), (2, 1, 0, 3, 4, 5)])
 def test_names_decide_where_each_shape_fits(order):
-    """By the order, each moment would go to another variable without a word."""
+    """By the order, each moment would silently go to another variable."""
     parameters = list(Net().named_parameters())
     theirs = trained([[parameters[i] for i in order]])
     optimizer = built(named_model("first", "second"))
@@ -155,7 +155,7 @@ def test_groups_divided_in_another_way():
 
 
 def test_names_that_mean_nothing_here_go_by_the_order():
-    """As every state dict did."""
+    """Such a state dict is taken like one without names."""
     theirs = trained(
         [nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).named_parameters()]
     )
@@ -210,7 +210,7 @@ def test_mapping(by_path):
 
 
 def test_mapping_for_the_rest():
-    """Of names that can be told but for one layer's, in another order; without it, they contradict the order."""
+    """All names but one layer's have a clear meaning, in another order; without `mapping` they contradict the order."""
     theirs = trained([reversed(list(Net().named_parameters()))])
     optimizer = built(named_model("first", "other"))
     refused(optimizer, theirs.state_dict(), "'norm.bias' is '.*norm/beta', where .*first/kernel")
@@ -287,7 +287,7 @@ def test_given_order_that_certain_names_contradict():
 
 
 def test_a_bias_is_no_weight():
-    """Of a norm, both have one shape."""
+    """A norm's bias and weight have the same shape."""
     named = list(nn.LayerNorm(3).named_parameters("ln"))
     more = list(nn.LayerNorm(3).named_parameters("final"))
     theirs = trained([[*named[::-1], *more]])
@@ -298,7 +298,7 @@ def test_a_bias_is_no_weight():
 
 
 def test_state_dict_writes_the_paths(rng):
-    """By which another optimizer, of the variables in another order, knows them; PyTorch takes them over."""
+    """An optimizer with the variables in another order finds them by these, and PyTorch takes them over."""
     variables = named_model("first", "second").trainable_variables
     optimizer = built(variables)
     optimizer.apply(
@@ -327,7 +327,7 @@ def functional(names):
 
 
 def test_own_state_dict_of_a_model_with_other_numbers():
-    """Keras numbers layers as they are made: of a second model of one code, "dense_2" may be another layer."""
+    """Keras numbers layers as they are made: "dense_2" may be another layer in a second model of the same code."""
     saving, loading = (
         built(functional(["dense_1", "dense_2"])),
         built(functional(["dense_2", "dense_3"])),
@@ -343,7 +343,7 @@ def test_own_state_dict_of_a_model_with_other_numbers():
 
 
 def test_names_in_the_place_of_numbers():
-    """As `torch.distributed.checkpoint` has them, of an optimizer that was not given names."""
+    """`torch.distributed.checkpoint` writes them, also for an optimizer that was not given names."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # takes seconds
 
     net = Net()
@@ -417,7 +417,7 @@ def test_parameters_of_a_keras_model():
     ],
 )
 def test_name_means_path(name, path):
-    """Beside others that would fit an end of it, or a beginning."""
+    """Other paths fit an end or a beginning of the name."""
     names, paths = ["other.weight", name, "x.bias"], ["q_dense/bias", path, "y/weight"]
     assert torch_names.meanings(names, paths) == {1: 1}
 
@@ -467,7 +467,7 @@ def test_what_is_the_same_by_the_letter_comes_before_what_is_by_a_word(rng, name
 
 
 def test_a_scale_beside_a_weight():
-    """Of one shape, in another order, one would get the other's moments without a word."""
+    """With one shape and in another order, one would silently get the other's moments."""
     names = ["norm.scale", "norm.weight"]
     theirs = trained([[(name, nn.Parameter(torch.ones(3))) for name in names]])
     with keras.name_scope("norm"):

@@ -37,18 +37,18 @@ def array(x):
 
 
 def bits(optimizer):
-    """All that a refused state dict must leave as it was."""
+    """Return all that a refused state dict must leave as it was."""
     groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
     return [array(v).tobytes() for v in optimizer.variables], groups
 
 
 def make_variables(*shapes):
-    """With a path each: all of one name would have one path."""
+    """Make variables with a path each; variables of one name would have one path."""
     return [keras.Variable(np.zeros(s, "float32"), name=f"v{i}") for i, s in enumerate(shapes)]
 
 
 def trained_in_torch(*shapes, steps=3, groups=None, torch_class=torch.optim.Adam, **options):
-    """A PyTorch optimizer that has taken steps on parameters of these shapes, and those."""
+    """Return a PyTorch optimizer that has taken steps on parameters of these shapes, and the parameters."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     if groups is None:
@@ -70,7 +70,7 @@ def torch_step(optimizer, parameters, gradients):
 
 
 def assert_same_state(actual, desired, **tolerance):
-    """Two state dicts say the same; exactly, unless there is a tolerance."""
+    """Assert that two state dicts are equal, exactly or within a tolerance."""
     assert list(actual["state"]) == list(desired["state"])
     for number, moments in desired["state"].items():
         assert set(actual["state"][number]) == set(moments)
@@ -131,7 +131,7 @@ def self_attention():
 
 
 def block(name, layer):
-    """A layer inside something that bears `name`."""
+    """Return a layer inside something named `name`."""
     return keras.Sequential([layer], name=name)
 
 
@@ -275,8 +275,8 @@ def both_inputs(kind, rng):
 )
 @pytest.mark.parametrize("case", LAYERS)
 def test_a_moment_lies_where_its_weight_lies(rng, case):
-    """Weights that are sent through `load_state_dict` as if they were momenta make the layer compute what PyTorch's
-    does; sent back, they are what they were."""
+    """Weights loaded through `load_state_dict` as if they were momenta make Keras's layer compute what PyTorch's does;
+    sent back, they are what they were."""
     make_layer, make_module, kind = LAYERS[case]
     torch.manual_seed(0)
     module, parameters = make_module()
@@ -426,7 +426,7 @@ def train_keras(model, data, start, steps):
 
 
 def in_torch_layout(variables, values):
-    """The values as PyTorch has them, by the mapping that `test_a_moment_lies_where_its_weight_lies` vouches for."""
+    """Return the values in PyTorch's layout, by the mapping that `test_a_moment_lies_where_its_weight_lies` tests."""
     optimizer = keras_adam.Adam()
     optimizer.build(variables)
     optimizer.iterations.assign(1)
@@ -512,7 +512,7 @@ SHAPES = [(4, 3), (3,), (2, 2), (5,)]
 
 
 def three_groups():
-    """Unlike PyTorch's in all that a state dict brings; the last one is the default group."""
+    """Differ from PyTorch's in all that a state dict brings; the last one is the default group."""
     variables = make_variables(*SHAPES)
     optimizer = keras_adam.Adam(
         amsgrad=True,
@@ -564,7 +564,7 @@ def test_as_many_groups_as_have_variables():
 
 @pytest.mark.parametrize("by_path", [False, True], ids=["variables", "paths"])
 def test_explicit_order(by_path):
-    """Two of one shape, which only the order can tell apart."""
+    """Two variables have one shape, and only the order tells them apart."""
     theirs, _ = trained_in_torch((3,), (3,), (2,))
     a, b, c = variables = make_variables((3,), (2,), (3,))
     optimizer = make_ours()
@@ -596,7 +596,7 @@ def test_order_must_name_each_variable_once(order, message):
 
 
 def test_convert():
-    """For a variable that no rule fits; what it returns None for is mapped as without it."""
+    """It converts a variable that no rule fits; where it returns None, the default holds."""
     theirs, _ = trained_in_torch((2, 6), (5, 4))
     odd = keras.Variable(np.zeros((3, 4), "float32"), name="odd")
     dense = layers.Dense(5, use_bias=False)
@@ -630,7 +630,7 @@ def refused(optimizer, state_dict, message, **options):
 
 
 def trained_in_keras(*shapes, **options):
-    """State that is not zero, so that a change to it shows."""
+    """Return an optimizer whose state is not zero, so that a change to it shows."""
     variables = make_variables(*shapes)
     optimizer = make_ours(**options)
     optimizer.build(variables)
@@ -651,7 +651,7 @@ def test_count_that_was_set_back_to_before_a_variable_joined():
 
 
 def test_mismatch_names_the_variable_and_both_shapes():
-    """The last variable is the one that does not fit; the others are not touched, nor the numbers."""
+    """Only the last variable does not fit; neither the others nor the numbers are touched."""
     theirs, _ = trained_in_torch((4,), (4, 3), lr=0.5, betas=(0.5, 0.5))
     optimizer = trained_in_keras((4,), (3, 4))
     refused(optimizer, theirs.state_dict(), r"'v1' has shape \(3, 4\).*shape \(4, 3\)")
@@ -774,7 +774,7 @@ def test_bfloat16():
 
 
 def test_numbers_as_tensors():
-    """As PyTorch has them where it compiles its step."""
+    """PyTorch has tensors for numbers where it compiles its step."""
     betas = torch.tensor(0.5), torch.tensor(0.75)
     theirs, _ = trained_in_torch((4,), lr=torch.tensor(0.25), betas=betas)
     optimizer = trained_in_keras((4,))
@@ -886,7 +886,7 @@ def test_imports_no_framework_but_the_backend():
 
 
 def test_steps_that_differ(rng):
-    """A parameter that had no gradient for a while in PyTorch is behind, there and here; one that never had is new."""
+    """A parameter without gradients for a while in PyTorch is behind, here too; one that never had any is new."""
     theirs, parameters = trained_in_torch((4,), (4,), (4,), steps=0)
     for i in range(9):
         present = [True, i >= 5, False]
@@ -933,7 +933,7 @@ def test_schedule_stays():
 
 
 def test_group_with_multiplier_still_follows_the_rate():
-    """Resumed at a rate that a callback has lowered, which lowers it again."""
+    """The run is resumed at a rate that a callback has lowered; then the callback lowers it again."""
     variables = make_variables((3,), (3,))
 
     def make():
@@ -1002,7 +1002,7 @@ def test_numbers_after_the_first_compiled_step_need_groups():
 
 @pytest.mark.parametrize("steps", [(4, 4), (4, 6)])
 def test_steps_after_the_first_compiled_step(steps):
-    """A step compiled when the second variable had joined late is right for the loaded steps, or they are refused."""
+    """The step was compiled when the second variable had joined late: it fits the loaded state, or that is refused."""
     theirs, _ = trained_in_torch((2, 2), (2, 2), groups=[([0], {}), ([1], {})])
     saved = theirs.state_dict()
     for number, step in enumerate(steps):

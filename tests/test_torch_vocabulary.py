@@ -29,7 +29,7 @@ def array(x):
 
 
 def test_arguments_are_pytorchs():
-    """Names, order and defaults of those that have a meaning here."""
+    """Names, order and defaults are the same, for arguments that have a meaning here."""
     ours = inspect.signature(keras_adam.Adam.with_torch_arguments).parameters
     theirs = inspect.signature(torch.optim.Adam).parameters
     positional = ["lr", "betas", "eps", "weight_decay", "amsgrad"]
@@ -65,7 +65,7 @@ def test_trajectory_is_pytorchs(rng, options):
 
 
 def test_adamw_is_pytorchs_adamw(rng):
-    """What it is called decides: a class of that name with an L2 penalty would be a trap."""
+    """The name decides: a class of that name with an L2 penalty would be a trap."""
     starts, gradients = random_problem(rng, steps=10)
     got = run(keras_adam.AdamW.with_torch_arguments(weight_decay=0.1), starts, gradients)
     want = run_torch(torch.optim.AdamW, starts, gradients, weight_decay=0.1)
@@ -198,7 +198,7 @@ def test_implementation_that_is_refused(way, choice, message):
 
 
 def test_combination_is_refused_over_groups():
-    """The group would have both."""
+    """The group would have both set to True."""
     with pytest.raises(ValueError, match="`foreach` and `fused`"):
         grouped({"fused": True}, foreach=True)
     assert grouped({"fused": True, "foreach": None}, foreach=True).param_groups[0]["fused"]
@@ -218,7 +218,7 @@ def test_loaded_implementation_comes_back(choice):
 
 @pytest.mark.parametrize("choice", CHOICES[:2], ids=str)
 def test_run_of_pytorch_keeps_its_implementation(rng, choice):
-    """What PyTorch's run was goes through Keras and back; and then PyTorch takes a step with it."""
+    """The choice goes through Keras and back; then PyTorch takes a step with it."""
     parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     groups = [{"params": parameters[:1], **choice}, {"params": parameters[1:]}]
     theirs = torch.optim.Adam(groups, lr=0.1)
@@ -417,7 +417,7 @@ def test_minimize_leaves_a_variable_without_part_in_the_loss():
 
 
 def test_decay_of_a_variable_without_part_in_the_loss():
-    """JAX cannot tell it from one whose gradient is zero, which decays; in Keras's own train step it does so too."""
+    """On JAX its gradient is zero, and it decays, as it does in Keras's own train step."""
     problem = Problem(weight_decay=0.5, decoupled_weight_decay=True)
     other = keras.Variable(START[0], name="other")
     problem.optimizer.minimize(problem.loss, [*problem.variables, other])
@@ -471,7 +471,7 @@ def test_step_without_a_closure():
 
 
 def test_pytorchs_closure():
-    """One that clears and computes the gradients itself; elsewhere there is no `backward` to call."""
+    """The closure clears and computes the gradients itself; other backends have no `backward` to call."""
     problem = Problem()
     problem.optimizer.build(problem.variables)
 
@@ -536,7 +536,7 @@ def test_minimize_leaves_stored_gradients_alone():
 
 
 def test_closure_with_backward_and_a_loss_scale():
-    """The gradients that the closure has stored are those of the scaled loss, or of the loss as it is."""
+    """The closure has stored gradients of the scaled loss, or of the unscaled one."""
     problem = Problem(loss_scale_factor=1024.0)
     problem.optimizer.build(problem.variables)
 

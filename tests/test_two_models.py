@@ -1,4 +1,4 @@
-"""One optimizer in two models is refused, and the first advice is to make another one."""
+"""One optimizer in two models is refused; the first advice is to make another optimizer."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Who does the work of a step: one engine for each backend, and the portable one that they all are."""
+"""The engines, which do the work of a step: one for each backend, each based on the portable one."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ __all__ = ["Engine", "engine_class", "optimizer_base"]
 
 
 def engine_class() -> type[Engine]:
-    """Return the engine of the active backend; those of the others are never imported."""
+    """Return the engine of the active backend; the other engines are never imported."""
     backend = keras.backend.backend()
     if backend == "jax":
         from keras_adam.engines.jax import JaxEngine
@@ -31,7 +31,7 @@ def engine_class() -> type[Engine]:
 
 
 def optimizer_base() -> Any:
-    """Return the class that the optimizer derives from: Keras's, on TensorFlow with checkpoints of late groups."""
+    """Return the optimizer's base class: Keras's, on TensorFlow extended by checkpoints of parameter groups."""
     if keras.backend.backend() == "tensorflow":
         from keras_adam.engines.tensorflow_checkpoint import CheckpointedOptimizer
 

@@ -1,7 +1,7 @@
-"""What a step needs done, in `keras.ops`, one variable at a time: what every backend can do.
+"""The portable engine: all operations of a step, in `keras.ops`, one variable at a time.
 
-`Engine` is whole: with it alone a step is right on any backend. A backend does some of it its own way, and each fast
-path is tested against this one.
+`Engine` alone makes a step that is right on any backend. A backend's engine does some operations its own way, and each
+fast path is tested against this one.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from keras_adam.parameters import Joining, Parameter, Parameters, Plan
 from keras_adam.paths import path_of
 from keras_adam.sparse import Rows, map_values
 from keras_adam.step_config import StepConfig
-from keras_adam.storage import Storage
+from keras_adam.storage import Spec, Storage
 from keras_adam.tensors import compute_dtype, value_of, widened
 from keras_adam.trace import Trace
 
 Tensor = Any
 Variable = Any
 Gradients = list[Any]  # tensors, or `Rows`
-# Of a group, when a variable joined, a dtype, and whether weight decay applies: the scalars of this step.
+# Function of a group, a joining, a dtype and whether weight decay applies, which returns the scalars of this step.
 Scalars = Callable[[ParamGroup, Joining | None, str, bool], rule.Scalars]
 StepFunction = Callable[[Gradients, list[Variable], StepConfig], None]
 
@@ -35,7 +35,7 @@ _MOST_LISTS = 16  # of variables for which buckets are remembered
 
 
 class Hooks(Protocol):
-    """What an engine asks of the optimizer: its counts, and hooks that a subclass may have of its own."""
+    """What an engine uses of the optimizer: its counts, and hooks that a subclass may override."""
 
     name: str
     iterations: Any  # updates
@@ -95,7 +95,7 @@ class Engine:
         return self.config_of_step or StepConfig.of(self.optimizer)
 
     def forget(self) -> None:
-        """Forget what was remembered of lists of variables, as their records have changed."""
+        """Forget all that was remembered about lists of variables, as their records have changed."""
         self._buckets.clear()
 
     # How a step is run
@@ -111,7 +111,7 @@ class Engine:
         return False
 
     def outside_graph(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which what is done happens once and now, even while a train step is being traced."""
+        """Return a context whose operations run once and now, even while a train step is being traced."""
         return contextlib.nullcontext()
 
     def when(self, condition: Tensor, act: Callable[[], None]) -> None:
@@ -128,11 +128,11 @@ class Engine:
             counts.append((self.optimizer.skipped_steps, ops.logical_not(is_done)))
         for variable, by in counts:
             value = value_of(variable)
-            # Beyond the maximum comes a negative number.
+            # An overflow gives a negative number, and the maximum keeps the old one.
             variable.assign(ops.maximum(value, value + ops.cast(by, value.dtype)))
 
     def updates(self) -> Tensor:
-        """Return the number of updates so far, several calls of `apply` each where gradients are accumulated."""
+        """Return the number of updates so far; with accumulation, several calls of `apply` make one update."""
         return self.optimizer.iterations
 
     def is_last_call(self, every: int) -> Tensor:
@@ -144,7 +144,7 @@ class Engine:
         return self.updates() % every == every - 1
 
     def has_started(self, joined: Joining | None) -> Tensor:
-        """Whether variables that joined then had an update before."""
+        """Whether variables of this joining had an update before."""
         return ops.not_equal(self.updates(), 0 if joined is None else joined.update)
 
     def begin_again(self) -> None:
@@ -155,8 +155,11 @@ class Engine:
             self.optimizer.assign(start, value_of(start) * ops.cast(is_past, start.dtype))
 
     def dither(self) -> Tensor:
-        """Return this step's dither."""
-        return rule.dither(self.optimizer._iterations)
+        """Return the dither of this update.
+
+        It follows the updates, not the calls of `apply`: every 144th dither, say, is near its predecessor.
+        """
+        return rule.dither(self.optimizer.iterations)
 
     # Gradients
 
@@ -207,7 +210,7 @@ class Engine:
         return ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in values]))
 
     def clip(self, values: list[Tensor]) -> list[Tensor]:
-        """Return gradients clipped as `config` tells. Norms in float32: the square of 256 is infinite in float16."""
+        """Return gradients clipped as `config` says. Norms are float32: the square of 256 is infinite in float16."""
         values = [widened(x) for x in values]
         name, limit = self.config.clipping or ("", 0.0)
         if name == "clipnorm":
@@ -230,7 +233,7 @@ class Engine:
         return ops.any(ops.not_equal(mean, 0))
 
     def means(self, accumulators: list[Variable], steps: int) -> list[Tensor]:
-        """Return the mean gradient of so many steps."""
+        """Return the mean gradients of a number of steps."""
         return [value_of(a) / steps for a in accumulators]
 
     def reset(self, accumulators: list[Variable]) -> None:
@@ -241,7 +244,7 @@ class Engine:
     # The update
 
     def apart(self, grads: Gradients, variables: list[Variable]) -> Gradients:
-        """Return the gradients in memory that the update of these variables does not write to."""
+        """Return the gradients, none in memory that the update of these variables writes to."""
         return grads
 
     def update(self, grads: Gradients, variables: list[Variable], learning_rate: Any) -> None:
@@ -269,7 +272,7 @@ class Engine:
         ):  # through which Keras's Adam changes a variable
             put = functools.partial(self._assign_difference, variable)
         slots = parameter.updated
-        kept = updated(
+        kept = self.updated(
             gradient,
             [[take(array) for array in slot.arrays] for slot in slots],
             scalars(group, parameter.joined, dtype, self.optimizer._use_weight_decay(variable)),
@@ -281,6 +284,10 @@ class Engine:
         for slot, values in zip(slots, kept, strict=True):
             for array, value in zip(slot.arrays, values, strict=True):
                 put(array, value)
+
+    def updated(self, *args: Any, **options: Any) -> list[list[Tensor]]:
+        """Return what the function `updated` does."""
+        return updated(*args, **options)
 
     def scalars(self, learning_rate: Any, for_kernel: bool = False) -> Scalars:
         """Return the function that gives the scalars of this step, each computed once.
@@ -331,7 +338,7 @@ class Engine:
         return ops.take(value_of(variable), indices, axis=0)
 
     def put_rows(self, indices: Tensor, variable: Variable, rows: Tensor) -> None:
-        """Assign to some rows of a variable; those of an index that stands twice are equal."""
+        """Assign to some rows of a variable; rows of a repeated index are equal."""
         value = value_of(variable)
         rows = ops.cast(rows, value.dtype)
         self.optimizer.assign(variable, ops.scatter_update(value, indices[:, None], rows))
@@ -341,7 +348,7 @@ class Engine:
         key: tuple[Any, ...] = tuple(map(id, variables))
         if self.optimizer._overrides(
             "_use_weight_decay"
-        ):  # it may tell something else in each step
+        ):  # its result may change from step to step
             key += tuple(map(self.optimizer._use_weight_decay, variables))
         if key not in self._buckets:
             members: dict[tuple[Any, ...], list[int]] = {}
@@ -352,6 +359,7 @@ class Engine:
                     parameter.joined,
                     keras.backend.standardize_dtype(variable.dtype),
                     self.optimizer._use_weight_decay(variable),
+                    tuple(slot.storage for slot in parameter.updated),
                     self.device_of(variable),
                 )
                 members.setdefault(kind, []).append(position)
@@ -367,11 +375,11 @@ class Engine:
         self, kind: tuple[Any, ...], positions: list[int], parameters: list[Parameter]
     ) -> Bucket:
         """Make a bucket of variables of one kind."""
-        group, joined, dtype, decays, _ = kind
+        group, joined, dtype, decays, *_ = kind
         return Bucket(group, joined, dtype, decays, positions, parameters)
 
     def device_of(self, variable: Variable) -> Any:
-        """Return what tells variables apart that one kernel cannot update together."""
+        """Return a key that is equal for variables that one kernel can update together."""
         return None
 
     # Averages
@@ -392,7 +400,7 @@ class Engine:
             self.write_parameter(variable, value)
 
     def averages_of(self, variables: list[Variable]) -> Iterator[tuple[Variable, Variable, Tensor]]:
-        """Give variables with their averages, and whether there was an update before this one.
+        """Yield variables with their averages, and whether there was an update before this one.
 
         A variable that is overwritten with its gradient has no average.
         """
@@ -416,16 +424,16 @@ class Engine:
         """Return what this process updates of new variables: they themselves, or a `Part` of each."""
         return [variable for variable, _, _ in plans]
 
-    def slot(self, array: Variable, part: Any) -> Variable:
+    def slot(self, array: Variable, part: Any, spec: Spec) -> Variable:
         """Return a new state variable as one of a variable, or of a part of it."""
         return array
 
-    def slot_layout(self, layout: Any, shape: tuple[int, ...]) -> Any:
-        """Return how a state variable of a variable of `layout` and `shape` is spread over devices."""
+    def slot_layout(self, layout: Any, shape: tuple[int, ...], spec: Spec) -> Any:
+        """Return how an array that is kept of a variable of `layout` and `shape` is spread over devices."""
         return layout
 
     def whole(self, variable: Variable) -> np.ndarray:
-        """Return a state variable's value, of which this process may hold a part, as one array of NumPy."""
+        """Return the whole value of a state variable as an array of NumPy; this process may hold only a part."""
         return ops.convert_to_numpy(variable)
 
     def process(self) -> int:
@@ -442,11 +450,11 @@ class Engine:
         """Let a checkpoint of the backend find a state variable by name; None is no variable."""
 
     def was_emptied(self) -> bool:
-        """Whether a trainer that failed has left the variables without values."""
+        """Whether a failed trainer has left the variables without values."""
         return False
 
     def check_trained(self, variables: list[Variable], unknown: Callable[[Variable], str]) -> None:
-        """Raise if the steps just made may have used the state of other variables than a model's, given in its order.
+        """Raise if the steps just made may have used other state than that of a model's variables, in its order.
 
         `unknown` gives the error for a variable that is not known.
         """
@@ -486,17 +494,17 @@ def updated(
     options: rule.Options,
     dtype: str,
 ) -> list[list[Tensor]]:
-    """Return what is to be kept of one variable after a step: read, `rule.adam_step`, write.
+    """Return the new arrays of one variable after a step: read, `rule.adam_step`, write.
 
     Nothing is assigned, so that a backend may compile this once for all variables that are alike.
 
     Args:
         gradient: The gradient.
-        kept: What is kept now: for each storage its arrays.
-        scalars: Those of the step.
-        dither: That of the step; None if no storage needs one.
+        kept: The present arrays of each storage.
+        scalars: The scalars of the step.
+        dither: The dither of the step; None if no storage needs one.
         storages: How the variable and its moments are kept, in the order of `rule.Moments`.
-        options: Those of the group.
+        options: The group's options.
         dtype: Dtype in which the update is computed.
     """
     now = [storage.read(arrays, dtype) for storage, arrays in zip(storages, kept, strict=True)]
@@ -508,7 +516,7 @@ def updated(
 
 
 def remembering(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with a memory of its results: `functools.cache`, at which PyTorch's compiler warns."""
+    """Return the function with a cache of its results. PyTorch's compiler warns at `functools.cache`."""
     results: dict[tuple[Any, ...], Any] = {}
 
     def remembered(*arguments: Any) -> Any:

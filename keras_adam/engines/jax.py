@@ -1,6 +1,8 @@
 """JAX's engine: an eager step as one compiled call, and branches that carry state."""
 
 import functools
+import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,14 +29,19 @@ from keras_adam.parameters import Parameter
 from keras_adam.paths import path_of
 from keras_adam.sparse import Rows
 from keras_adam.step_config import StepConfig
+from keras_adam.storage import Spec
 from keras_adam.tensors import compute_dtype, value_of
 
 _MOST_COMPILED = 16  # kinds of eager step that are kept compiled; see `_pays_to_compile`
-_MOST_COUNTED = 256  # kinds of which it is counted how often they came
-_OFTEN = 200  # steps of one kind, from which on compiling it pays
-_MOST_AT_ONCE = 256  # variables of which a step is compiled when it comes first
+_MOST_COUNTED = 256  # kinds of eager step whose number of steps is counted
+_OFTEN = 200  # steps of one kind after which compiling it pays
+_MOST_AT_ONCE = 256  # variables up to which the first kind of step is compiled at once
+_SOMETHING = object()
+_HELD_TWICE = next(map(sys.getrefcount, [_SOMETHING]))
 _NO_ARRAYS = (keras.Variable, list, tuple, int, float)
-_PIECE = 16  # variables that are alike and updated by one compiled call, where the step is not compiled as a whole
+_PIECE = (
+    16  # alike variables that one compiled call updates, if the step is not compiled as a whole
+)
 
 
 class JaxEngine(Engine):
@@ -43,7 +50,8 @@ class JaxEngine(Engine):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.compiled: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # eager steps, as wholes
-        self._times_seen: dict[int, int] = {}  # kinds of eager step that are not
+        self._is_taken: Tensor = None  # in a branch that is being traced: whether it is taken
+        self._times_seen: dict[int, int] = {}  # the other kinds of eager step, by hash
 
     # An eager step: operation by operation it would take a hundred times as long as one compiled call.
 
@@ -55,33 +63,46 @@ class JaxEngine(Engine):
         if not (is_eager and self._may_compile()):
             step(grads, variables, config)
             return
+        kept, ours = self._changing(variables)
+        given = [v.value for v in ours]
+        # State that only its variable and this list hold is updated in its own memory. When JAX looks for NaNs, it needs
+        # the arguments again.
+        is_needed = jax.config.jax_debug_nans or jax.config.jax_debug_infs
+        may_donate = not is_needed and all(n == _HELD_TWICE for n in map(sys.getrefcount, given))
         pattern = tuple(g is None for g in grads)
-        key = tuple(map(id, variables)), pattern, config.kind(), self._constants()
+        key = tuple(map(id, variables)), pattern, config.kind(), self._constants(), may_donate
         if key not in self.compiled:
             if not self._pays_to_compile(key, variables, config):
                 step(grads, variables, config)
                 return
             if len(self.compiled) >= _MOST_COMPILED:
                 del self.compiled[next(iter(self.compiled))]  # the oldest
-            # References, so that an `id` in the key is not used again.
+            # Keep references, so that an `id` in the key is not reused.
             constraints = [v.constraint for v in self.parameters.variables]
-            kept = variables, self.optimizer._learning_rate, self._dynamic(), constraints
-            stateless = jax.jit(functools.partial(self._stateless_step, step, variables, config))
-            self.compiled[key] = stateless, kept
-        changing = self._changing(variables)
+            references = variables, self.optimizer._learning_rate, self._dynamic(), constraints
+            stateless = functools.partial(self._stateless_step, step, variables, config)
+            donated = 0 if may_donate else ()
+            self.compiled[key] = jax.jit(stateless, donate_argnums=donated), references
         assign = self.optimizer.assign if in_stateless_scope() else _assign
-        # Nothing is donated: the caller may hold the arrays.
-        with self.trace.apart():
-            values = self.compiled[key][0]([v.value for v in changing], grads, config.numbers())
-        for variable, value in zip(changing, values, strict=True):
-            assign(variable, value)
+        arguments = given, [v.value for v in kept], grads, config.numbers()
+        # Ctrl-C is raised when the call is over. By then the old state may be donated, so the new one must not be lost:
+        # `extend` stores it before Python looks for signals.
+        results: list[list[Tensor]] = []
+        try:
+            with self.trace.apart():
+                results.extend(map(self.compiled[key][0], *zip(arguments, strict=True)))
+            _assign_each(assign, [*ours, *kept], results[0])
+        except KeyboardInterrupt:
+            for values in results:
+                _assign_each(assign, [*ours, *kept], values)
+            raise
 
     def _pays_to_compile(self, key: tuple, variables: list[Variable], config: StepConfig) -> bool:
         """Whether to compile an eager step of a new kind: other variables, other options, other gradients of None.
 
-        Otherwise the step runs in pieces. Compiling takes as long as what some hundred steps then save, so that it
-        pays for the first kind, and for another one that has come often. Where there are many variables and nothing
-        but their update to compute, pieces are as fast.
+        Otherwise the step runs in pieces. Compiling costs as much time as some 200 steps then save. So the first kind
+        is compiled at once, and another one when it has come often. With many variables and nothing but their update
+        to compute, pieces are as fast.
         """
         are_many = len(variables) > _MOST_AT_ONCE
         if are_many and config.only_updates:
@@ -101,21 +122,25 @@ class JaxEngine(Engine):
         step: StepFunction,
         variables: list[Variable],
         config: StepConfig,
-        values,
+        ours,
+        kept,
         grads,
         numbers,
     ) -> list[Tensor]:
-        changing = self._changing(variables)
+        theirs, state = self._changing(variables)
+        changing, values = [*state, *theirs], [*ours, *kept]
         with keras.StatelessScope(zip(changing, values, strict=True)) as scope:
             step(grads, variables, config.with_numbers(numbers))
         return [scope.get_current_value(v) for v in changing]
 
-    def _changing(self, variables: list[Variable]) -> list[Variable]:
-        """Return all variables that a step of these may assign to."""
+    def _changing(self, variables: list[Variable]) -> tuple[list[Variable], list[Variable]]:
+        """Return all that a step of these may assign to: variables and scalars; then arrays that are ours alone."""
         trained = self.optimizer._trainable_variables
         known = {id(v) for v in trained}
         others = [v for v in variables if id(v) not in known]
-        return [*trained, *others, *self.optimizer.variables]
+        state = self.optimizer.variables
+        scalars = [v for v in state if not v.shape]
+        return [*trained, *others, *scalars], [v for v in state if v.shape]
 
     def _is_traced(self, grads: Gradients) -> bool:
         return self.is_compiling() or any(
@@ -134,7 +159,7 @@ class JaxEngine(Engine):
         return not (asked or self.optimizer._overrides(*keras_private.STEP_HOOKS))
 
     def _dynamic(self) -> list[Any]:
-        """Return each number of each group that is a schedule, None in place of the others."""
+        """Return each number of each group that is a schedule, and None for each other."""
         given = [g.given(name) for g in self.optimizer._groups for name in NUMERIC]
         return [x if hyperparameters.is_dynamic(x) else None for x in given]
 
@@ -158,12 +183,16 @@ class JaxEngine(Engine):
             if condition:
                 act()
             return
-        variables = self._changing(self.in_step)
+        variables = [v for some in self._changing(self.in_step) for v in some]
 
         def body(carry):
-            _, values = carry
-            with keras.StatelessScope(zip(variables, values, strict=True)) as scope:
-                act()
+            is_taken, values = carry
+            outer, self._is_taken = self._is_taken, is_taken
+            try:
+                with keras.StatelessScope(zip(variables, values, strict=True)) as scope:
+                    act()
+            finally:
+                self._is_taken = outer
             return False, [scope.get_current_value(v) for v in variables]
 
         # A loop that runs zero times or once: unlike `lax.cond`, it works in place on CPU, where `cond` copies every
@@ -171,9 +200,20 @@ class JaxEngine(Engine):
         carry = (condition, [v.value for v in variables])
         _, values = jax.lax.while_loop(lambda carry: carry[0], body, carry)
         for variable, value in zip(variables, values, strict=True):
-            # What leaves the loop may be split otherwise than what was assigned in it.
+            # The loop may return a value in another layout than it was assigned in.
             is_spread = self.optimizer.shard_state
             variable.assign(_laid_out_like(variable, value) if is_spread else value)
+
+    def reset(self, accumulators: list[Variable]) -> None:
+        if self._is_taken is None:
+            super().reset(accumulators)
+            return
+        # Within a branch XLA copies an accumulator that is read and then set to a constant. It does not know that the
+        # branch is taken; so it computes these zeros in the accumulator's own memory.
+        for accumulator in accumulators:
+            old = value_of(accumulator)
+            zeros = jax.numpy.where(self._is_taken, jax.numpy.zeros_like(old), old)
+            self.optimizer.assign(accumulator, zeros)
 
     # The update of an eager step that is not compiled as a whole: alike variables in pieces.
 
@@ -213,8 +253,16 @@ class JaxEngine(Engine):
         bucket.memory = storages, arrays
         return bucket
 
+    def updated(
+        self, gradient: Tensor, kept: Any, scalars: rule.Scalars, dither: Tensor, **options: Any
+    ) -> list[list[Tensor]]:
+        # One call per variable in the trace, and one function for all that are alike, in place of some 30 operations.
+        constants = tuple(x if isinstance(x, int | float) else None for x in scalars)
+        rest = rule.Scalars(*(None if isinstance(x, int | float) else x for x in scalars))
+        return _updated_one(gradient, kept, rest, dither, constants=constants, **options)
+
     def step_scalars(self, options: rule.Options, **numbers: Any) -> rule.Scalars:
-        if self.is_compiling():  # there Python's numbers are to be constants
+        if self.is_compiling():  # so that Python's numbers become constants
             return super().step_scalars(options, **numbers)
         return _compiled_scalars(options, **{name: value_of(x) for name, x in numbers.items()})
 
@@ -235,30 +283,24 @@ class JaxEngine(Engine):
             return None
         indices, values, rows = gradient.indices[:, 0], gradient.data, gradient.shape[0]
         indices = jax.numpy.where(indices < 0, indices + rows, indices)
-        # Beyond the last row stands what only fills up the arrays.
+        # Indices beyond the last row are padding.
         counts = ((indices >= 0) & (indices < rows)).reshape(-1, *[1] * (values.ndim - 1))
         return Rows(gradient.shape, indices, jax.numpy.where(counts, values, 0))
 
-    # State that is spread over the data-parallel devices: gradients are handed on in its layout, so that XLA sums them
-    # and splits them in one; each device updates its part, and the weights are put together again.
+    # State that is spread over the data-parallel devices. Gradients take its layout, so that XLA sums and splits them
+    # at once. Each device updates its part; then the weights are put together again.
 
-    def slot_layout(self, layout: Any, shape: tuple[int, ...]) -> Any:
+    def slot_layout(self, layout: Any, shape: tuple[int, ...], spec: Spec) -> Any:
         distribution = keras.distribution.distribution()
         axis = getattr(distribution, "batch_dim_name", None)
-        sharding = getattr(layout, "backend_layout", layout)  # Keras's layouts and JAX's serve
-        if not (self.optimizer.shard_state and axis and isinstance(sharding, NamedSharding)):
+        sharding = getattr(layout, "backend_layout", layout)  # of Keras's layout, or JAX's own
+        if not isinstance(sharding, NamedSharding):
             return layout
         axes = [*sharding.spec] + [None] * (len(shape) - len(sharding.spec))
-        taken = {
-            name for given in axes for name in (given if isinstance(given, tuple) else [given])
-        }
-        devices = sharding.mesh.shape.get(axis)
-        if devices is None or axis in taken:
-            return layout
-        for i, size in enumerate(shape):
-            if axes[i] is None and size and size % devices == 0:
-                axes[i] = axis
-                break
+        if self.optimizer.shard_state and axis:
+            axes = _spread(axes, axis, sharding.mesh.shape, shape, spec.unit)
+        if spec.shape is not None:
+            axes = _axes_of_scales(axes, sharding.mesh.shape, shape, spec)
         if sharding is layout:
             return NamedSharding(sharding.mesh, PartitionSpec(*axes))
         return keras.distribution.TensorLayout(axes, layout.device_mesh)
@@ -315,10 +357,9 @@ class JaxEngine(Engine):
         first = next((v for v, known in zip(variables, ours, strict=False) if v is not known), None)
         if same and first is not None:
             raise ValueError(
-                "The optimizer was built for the model's variables in another order than the model has them, so that "
-                "the state of one may have been used for another in the steps just made. Call "
-                "`optimizer.build(model.trainable_variables)` before `fit`. "
-                f"Received: '{path_of(first)}' as the first variable that stands elsewhere"
+                "The optimizer was built for the model's variables in another order, so that the steps just made may "
+                "have mixed up their state. Call `optimizer.build(model.trainable_variables)` before `fit`. "
+                f"Received: '{path_of(first)}' as the first variable at another place"
             )
 
     # Differentiation
@@ -326,7 +367,7 @@ class JaxEngine(Engine):
     def differentiate(
         self, loss_fn: Callable[[], Tensor], variables: list[Variable]
     ) -> tuple[Tensor, list[Any]]:
-        # What the loss assigns to, such as the moving statistics of a batch normalisation.
+        # Variables that the loss assigns to, such as the moving statistics of a batch normalisation.
         assigned: list[keras.Variable] = []
 
         def compute(values):
@@ -344,14 +385,14 @@ class JaxEngine(Engine):
 
 
 def _as_array(gradient: Any) -> Any:
-    """Return the value of a variable, or an array of a list or a number; `jax.jit` takes none of them as one array."""
+    """Return a gradient that is a variable, a list or a number as an array, since `jax.jit` would not."""
     if isinstance(gradient, _NO_ARRAYS):
         return keras.ops.convert_to_tensor(gradient)
     return gradient
 
 
 def _pieces(count: int) -> Iterator[slice]:
-    """Give slices of so many variables that are alike, of two sizes: each size is compiled once."""
+    """Split a number of alike variables into slices of two sizes; each size is compiled once."""
     whole = count - count % _PIECE
     yield from (slice(i, i + _PIECE) for i in range(0, whole, _PIECE))
     yield from (slice(i, i + 1) for i in range(whole, count))
@@ -362,7 +403,7 @@ _compiled_scalars = jax.jit(rule.step_scalars, static_argnames=("options", "dtyp
 
 @functools.partial(jax.jit, static_argnames=("storages", "counts", "options", "dtype"))
 def _updated_alike(grads, kept, scalars, dither, *, counts, **alike):
-    """Return what is to be kept of variables that are alike; `counts` tells how many arrays each storage has."""
+    """Return the new arrays of alike variables; `counts` holds each storage's number of arrays."""
 
     def of_one(gradient, arrays):
         rest = iter(arrays)
@@ -372,8 +413,21 @@ def _updated_alike(grads, kept, scalars, dither, *, counts, **alike):
     return [of_one(g, arrays) for g, arrays in zip(grads, kept, strict=True)]
 
 
+@functools.partial(jax.jit, static_argnames=("constants", "storages", "options", "dtype"))
+def _updated_one(gradient, kept, scalars, dither, *, constants, **alike):
+    """Return what `updated` does; `constants` are the scalars that are numbers of Python."""
+    pairs = zip(scalars, constants, strict=True)
+    whole = rule.Scalars(*(x if constant is None else constant for x, constant in pairs))
+    return updated(gradient, kept, whole, dither, **alike)
+
+
+def _assign_each(assign: Any, variables: list[Variable], values: list[Tensor]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        assign(variable, value)
+
+
 def _assign(variable: Variable, value: Tensor) -> None:
-    """Assign a value that is of the right shape and dtype, which `assign` would find out for each."""
+    """Assign a value of the right shape and dtype, without the checks that `assign` makes."""
     variable._direct_assign(value)
 
 
@@ -383,8 +437,42 @@ def _laid_out_like(variable: Variable, value: Tensor) -> Tensor:
     return value if layout is None else keras.distribution.distribute_tensor(value, layout)
 
 
+def _spread(axes: list[Any], axis: str, mesh: Any, shape: tuple[int, ...], unit: int) -> list[Any]:
+    """Return the axes of a layout with one more that is split over a mesh's `axis`, if one can be."""
+    taken = {name for given in axes for name in (given if isinstance(given, tuple) else [given])}
+    devices = mesh.get(axis)
+    if devices is None or axis in taken:
+        return axes
+    for i, size in enumerate(shape):
+        if (
+            axes[i] is None
+            and size
+            and size % devices == 0
+            and _is_in_units(i, shape, devices, unit)
+        ):
+            return [*axes[:i], axis, *axes[i + 1 :]]
+    return axes
+
+
+def _axes_of_scales(axes: list[Any], mesh: Any, shape: tuple[int, ...], spec: Spec) -> list[Any]:
+    """Return the axes of the layout of scales whose codes have these: each device has the scales of its codes."""
+    whole = [None] * len(spec.shape or ())
+    for i, given in enumerate(axes):
+        names = given if isinstance(given, tuple) else (given,)
+        devices = math.prod(mesh[name] for name in names if name is not None)
+        if devices > 1 and _is_in_units(i, shape, devices, spec.unit):
+            return [given, *whole[1:]]
+    return whole
+
+
+def _is_in_units(i: int, shape: tuple[int, ...], devices: int, unit: int) -> bool:
+    """Whether the parts that so many devices have of axis `i` are each so many elements in a row, or a multiple."""
+    is_in_one_piece = math.prod(shape[:i]) == 1
+    return unit == 1 or (is_in_one_piece and math.prod(shape) // devices % unit == 0)
+
+
 class _RecordingScope(keras.StatelessScope):
-    """A stateless scope that knows which variables were assigned in it, and sees what an outer one holds."""
+    """A stateless scope that records which variables were assigned in it, and reads from the scope around it."""
 
     def __init__(self, state_mapping):
         super().__init__(state_mapping, collect_losses=True)  # those that layers add

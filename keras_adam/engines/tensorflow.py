@@ -1,6 +1,6 @@
 """TensorFlow's engine: variables with one component per replica, its kernel, and branches inside a graph.
 
-Keras updates variables through `merge_call`, which may not stand inside `tf.cond`, and clips before it sums over the
+Keras updates variables through `merge_call`, which is not allowed in `tf.cond`, and clips before it sums over the
 replicas. Here the gradients are summed first. From then on every replica holds the same numbers, so each updates its
 own component of every variable and nothing needs to be merged.
 """
@@ -28,10 +28,11 @@ class TensorFlowEngine(Engine):
     ) -> None:
         if tf.distribute.in_cross_replica_context() and tf.distribute.has_strategy():
             raise ValueError(
-                "`apply` must be called in a replica context, through `strategy.run(...)`, as only there "
-                "it is known which replica's gradients `grads` are."
+                "`apply` must be called in a replica context, through `strategy.run(...)`: only there it is known to "
+                "which replica `grads` belong."
             )
-        step(grads, variables, config)
+        # As TensorFlow treats Keras's optimizers: AutoGraph would take as long as all the rest of tracing.
+        tf.autograph.experimental.do_not_convert(step)(grads, variables, config)
 
     def is_compiling(self) -> bool:
         return not tf.executing_eagerly()
@@ -77,7 +78,7 @@ class TensorFlowEngine(Engine):
             for g, r in zip(grads, reduced, strict=True)
         ]
 
-    # TensorFlow's kernel: one pass over memory, in graphs and eagerly, where separate operations make many.
+    # TensorFlow's kernel: it passes over memory once, in graphs and eagerly; separate operations do so many times.
 
     def update(self, grads: Gradients, variables: list[Variable], learning_rate: Any) -> None:
         scalars = self.scalars(learning_rate)
@@ -96,7 +97,7 @@ class TensorFlowEngine(Engine):
     # Sparse gradients
 
     def densify(self, gradient: Any) -> Tensor:
-        # TensorFlow sums the rows of an id that stands twice, which squaring the slices first would not.
+        # The conversion sums the rows of a repeated index, which must be done before they are squared.
         if isinstance(gradient, tf.IndexedSlices):
             values, indices, dense_shape = _tensors_of(gradient)
             if values.dtype.size < 4:  # in bfloat16 a sum of ones stops at 256
@@ -109,7 +110,7 @@ class TensorFlowEngine(Engine):
                 "A gradient must be a tensor, `tf.IndexedSlices` or `tf.SparseTensor`; `gradient.to_tensor()` makes "
                 f"a tensor of it. Received: a RaggedTensor of shape {gradient.shape}"
             )
-        # A variable is read now: another one's update may write to it before it is used.
+        # Read a variable now: an update may write to it before its value is used.
         return tf.convert_to_tensor(gradient)
 
     def sparse_rows(self, gradient: Any) -> Rows | None:
@@ -122,7 +123,7 @@ class TensorFlowEngine(Engine):
         if dense_shape is not None:
             known = tf.get_static_value(dense_shape, partial=True)
             rows = None if known is None else known[0]
-        # A row of a negative index counts for nothing, as where a dense gradient is made of them.
+        # Rows of negative indices are set to zero; the dense conversion leaves them out too.
         values = tf.raw_ops.Select(condition=indices >= 0, x=values, y=tf.zeros_like(values))
         shape = tf.TensorShape([rows]).concatenate(values.shape[1:])
         return Rows(shape, indices, values)
@@ -139,11 +140,11 @@ class TensorFlowEngine(Engine):
             ref=variable.handle,
             indices=indices[:, None],
             updates=tf.cast(rows, variable.dtype),
-            bad_indices_policy="IGNORE",  # those that are negative; `take_rows` refuses what is beyond the last row
+            bad_indices_policy="IGNORE",  # negative ones; `take_rows` refuses those beyond the last row
         )
 
     def of_its_shape(self, gradient: Any, variable: Variable) -> Any:
-        # What a graph does not know is checked when it runs. An optimizer of Keras goes on without a check.
+        # A shape that the graph does not know is checked when it runs.
         shape = tf.TensorShape(variable.shape)
         if not shape.is_compatible_with(gradient.shape):
             return super().of_its_shape(gradient, variable)
@@ -164,7 +165,7 @@ class TensorFlowEngine(Engine):
 
 
 def _tensors_of(slices: tf.IndexedSlices):
-    """Return values, indices and dense shape as tensors, which lists, arrays and a `TensorShape` serve for."""
+    """Return values, indices and dense shape as tensors; they may be lists, arrays or a `TensorShape`."""
     indices = tf.convert_to_tensor(slices.indices, dtype_hint=tf.int32)
     if indices.dtype not in (tf.int32, tf.int64):
         indices = tf.cast(indices, tf.int64)
@@ -187,11 +188,10 @@ def _component(variable: Variable) -> Variable:
 
 def _has_kernel(bucket: Bucket) -> bool:
     # AMSGrad's kernel is not used: XLA, which `fit` uses by default, does not know it.
-    kept = storage.AsItIs(bucket.dtype)
+    plain = storage.AsItIs(bucket.dtype)
     slots = [slot for p in bucket.parameters for slot in p.updated[1:]]
-    same = all(slot.storage == kept for slot in slots)
     return (
-        same
+        all(slot.storage == plain for slot in slots)
         and bucket.dtype in ("float32", "float64")
         and not bucket.group.options.amsgrad
         and all(_suits_kernel(bucket.group.given(beta)) for beta in ("beta_1", "beta_2"))
@@ -201,8 +201,8 @@ def _has_kernel(bucket: Bucket) -> bool:
 def _suits_kernel(beta) -> bool:
     """Whether the kernel is exact for this beta.
 
-    It takes beta in float32, which must leave `1 - beta` to four digits, and it adds the distance to the new value to
-    the old average, which for a small beta loses the new value's digits where the old average is much greater.
+    It takes beta in float32, in which `1 - beta` must be right to four digits. And it adds to the old average: with a
+    small beta, a new value that is much smaller than the old average loses its digits.
     """
     if hyperparameters.is_dynamic(beta) or beta < 0.5:
         return False
@@ -225,7 +225,7 @@ def _kernel_step(bucket, grads, scalars, assign) -> None:
             var=parameter.handle,
             m=_component(p.momentum.arrays[0]).handle,
             v=_component(p.velocity.arrays[0]).handle,
-            # The step size has the bias corrections in it already.
+            # The step size already includes the bias corrections.
             beta1_power=tf.zeros((), gradient.dtype),
             beta2_power=tf.zeros((), gradient.dtype),
             lr=scalars.step_size,

@@ -4,7 +4,7 @@ Each function that rounds stands for one of `keras_adam.rule`, which it names.
 """
 
 import functools
-import itertools
+import math
 import operator
 from typing import Any
 
@@ -13,8 +13,7 @@ import torch
 
 from keras_adam import keras_private, rule
 from keras_adam.engines.base import Bucket
-from keras_adam.parameters import MOMENTS
-from keras_adam.storage import Dithered
+from keras_adam.storage import MOMENTS, Dithered, InBlocks
 
 # PyTorch's own fused Adam, one call for many tensors. The function around it in `torch.optim` sorts the tensors by
 # device and dtype at each call, which for many small ones takes longer than the kernel: here they are sorted once.
@@ -42,7 +41,7 @@ def can_fuse(bucket: Bucket, grads: list[Any]) -> bool:
 
 
 def apart(grads: list[Any], buckets: list[Bucket]) -> list[Any]:
-    """Return the gradients, copied where their memory is that of a tensor which the update writes to."""
+    """Return the gradients; those that share memory with a tensor that the update writes to are copied."""
     starts = list(map(torch.Tensor.data_ptr, grads))
     if any(map(torch.Tensor.storage_offset, grads)):
         starts = list(map(_start, grads))
@@ -72,69 +71,76 @@ class Tensors:
         self.variables = [p.value.arrays[0] for p in bucket.parameters]
         self.parameters = [v._value for v in self.variables]
         self.pointers = list(map(torch.Tensor.data_ptr, self.parameters))
-        slots = [[slot for p in bucket.parameters if (slot := getattr(p, x))] for x in MOMENTS]
-        kept = [[slot.arrays[0] for slot in of_kind] for of_kind in slots]
-        kept.append([x for p in bucket.parameters for x in p.value.arrays[1:]])
-        self.slots = list(itertools.chain(*kept))
-        self.m, self.v, self.s, self.lost = ([x._value for x in of_kind] for of_kind in kept)
-        self.state = [*self.m, *self.v, *self.s, *self.lost]
+        of_each = [
+            [slot for name in MOMENTS if (slot := getattr(p, name))] for p in bucket.parameters
+        ]
+        self.moments = [_moments(slots) for slots in zip(*of_each, strict=True)]
+        kept = [x for slots in of_each for slot in slots for x in slot.arrays]
+        lost = [x for p in bucket.parameters for x in p.value.arrays[1:]]
+        self.kept = [*kept, *lost]
+        self.state = [x._value for x in self.kept]
+        self.lost = [x._value for x in lost]
         self.starts = {_start(x) for x in (*self.parameters, *self.state) if x.numel()}
         first = self.parameters[0]
         self.dtype, self.device = first.dtype, first.device
         is_half = self.dtype.itemsize < 4
-        wide = torch.float32 if is_half else self.dtype
-        dithered = slots[0][0].storage == Dithered("bfloat16")
-        self.has_half_state = wide is torch.float32 and dithered
-        self.in_pieces = is_half or self.has_half_state
-        with torch.inference_mode(False):  # else it could be written to in inference mode alone
+        self.in_pieces = is_half or any(x.is_narrow for x in self.moments)
+        with torch.inference_mode(
+            False
+        ):  # a tensor of inference mode could be written to there alone
             self.step = torch.zeros((), dtype=torch.float32, device=self.device)
         self.steps = [self.step] * len(self.parameters)
-        state = (*self.m, *self.v, *self.s)
         filled = [x.data_ptr() for x in self.parameters if x.numel()]
-        # The kernel walks through memory, all tensors in step, and knows one dtype at a time.
+        # The kernel goes through the memory of all tensors in parallel, and takes one dtype at a time.
         self.can_fuse = (
             self.device.type in _FUSED_DEVICES
-            # Of variables that share their tensor, each is updated from what the one before left.
+            # Variables that share a tensor must be updated one after another.
             and len(set(filled)) == len(filled)
-            and all(x.dtype is (torch.bfloat16 if self.has_half_state else wide) for x in state)
+            and all(x.can_give(torch.float32 if is_half else self.dtype) for x in self.moments)
             and all(x.dtype is self.dtype for x in self.parameters)
             and all(
-                x.device == self.device and x.is_contiguous() for x in (*self.parameters, *state)
+                x.device == self.device and x.is_contiguous()
+                for x in (*self.parameters, *self.state)
             )
         )
 
     def is_current(self) -> bool:
-        """Whether the variables still have the tensors that they had, which may be other Python objects now."""
-        # A parameter's memory tells: a model's `to` may leave the object and change that.
+        """Whether the variables still have the same tensors, though perhaps as other Python objects."""
+        # Compare the parameters' memory: a model's `to` may keep the object and change its memory.
         self.parameters = [v._value for v in self.variables]
         return self.pointers == list(map(torch.Tensor.data_ptr, self.parameters)) and all(
-            map(operator.is_, self.state, [x._value for x in self.slots])
+            map(operator.is_, self.state, [x._value for x in self.kept])
         )
 
+    def update_whole(self, update, grads) -> None:
+        """Update tensors that the kernel takes as they are."""
+        moments = [x.arrays for x in self.moments] + [[]] * (len(MOMENTS) - len(self.moments))
+        update(self.parameters, grads, *moments, self.steps)
+
     def update_in_pieces(self, update, grads, dither) -> None:
-        """Update what is of half precision in float32, so many elements at a time, in one piece of memory."""
+        """Update numbers that are kept in fewer bits in float32, piece by piece, each in one piece of memory."""
         name = keras.backend.standardize_dtype(self.dtype)
-        tensors = self.parameters, self.lost, grads, self.m, self.v, self.s
+        is_half = self.dtype.itemsize < 4
         for cuts in self._pieces:
-            parameters, lost, chosen, *state = (
-                [x[cut] for x, cut in _flat(y, cuts)] for y in tensors
-            )
+            parameters, lost, chosen = (_flat(x, cuts) for x in (self.parameters, self.lost, grads))
             sizes = [x.numel() for x in parameters]
-            whole = torch.cat(parameters)
-            whole = _joined(whole, torch.cat(lost), name) if lost else whole.float()
-            moments, widened = state, []
-            if self.has_half_state:
-                widened = [torch.cat(x).float() for x in state if x]
-                moments = [list(x.split(sizes)) for x in widened]
-                moments += [[]] * (len(state) - len(moments))
-            steps = self.steps[:1] * len(sizes)
-            update(whole.split(sizes), torch.cat(chosen).float().split(sizes), *moments, steps)
+            targets = parameters
+            if is_half:
+                whole = torch.cat(parameters)
+                whole = _joined(whole, torch.cat(lost), name) if lost else whole.float()
+                targets = whole.split(sizes)
+            if chosen[0].dtype is not torch.float32:
+                chosen = torch.cat(chosen).float().split(sizes)
+            moments = [x.read(cuts) for x in self.moments]
+            moments += [[]] * (len(MOMENTS) - len(moments))
+            update(targets, chosen, *moments, self.steps[:1] * len(sizes))
             if lost:
                 whole, rest = _split(whole, name, dither)
                 torch._foreach_copy_(lost, rest.split(sizes))
-            torch._foreach_copy_(parameters, whole.split(sizes))
-            for kept, x in zip(state, widened, strict=False):
-                torch._foreach_copy_(kept, _dithered(x, dither).split(sizes))
+            if is_half:
+                torch._foreach_copy_(parameters, whole.split(sizes))
+            for x in self.moments:
+                x.write(dither)
 
     @functools.cached_property
     def _pieces(self) -> list[list[tuple[int, slice]]]:
@@ -150,6 +156,166 @@ class Tensors:
                 pieces[-1].append((i, slice(start, stop)))
                 room -= stop - start
         return pieces
+
+
+class _AsTheyAre:
+    """One moment of each variable of a bucket, in tensors that the kernel writes to."""
+
+    is_narrow = False
+
+    def __init__(self, slots):
+        self.storage = slots[0].storage
+        self.arrays = [slot.arrays[0]._value for slot in slots]
+
+    def can_give(self, dtype) -> bool:
+        """Whether the kernel can get the moment in `dtype`."""
+        return all(x.dtype is dtype for x in self.arrays)
+
+    def read(self, cuts) -> list[Any]:
+        """Return parts of the tensors, in the form that the kernel takes."""
+        return _flat(self.arrays, cuts)
+
+    def write(self, dither) -> None:
+        """Store the kernel's results for the parts that were read last."""
+
+
+class _InHalf(_AsTheyAre):
+    """One moment of each variable, in bfloat16."""
+
+    is_narrow = True
+
+    def can_give(self, dtype) -> bool:
+        return dtype is torch.float32
+
+    def read(self, cuts) -> list[Any]:
+        self.parts = _flat(self.arrays, cuts)
+        self.wide = torch.cat(self.parts).float()
+        return list(self.wide.split([x.numel() for x in self.parts]))
+
+    def write(self, dither) -> None:
+        rounded = _dithered(self.wide, dither)
+        torch._foreach_copy_(self.parts, rounded.split([x.numel() for x in self.parts]))
+        del self.parts, self.wide
+
+
+class _InBlocks(_AsTheyAre):
+    """One moment of each variable, as 8-bit codes and the scales of blocks."""
+
+    is_narrow = True
+
+    def __init__(self, slots):
+        super().__init__(slots)
+        self.scales = [slot.arrays[1]._value for slot in slots]
+
+    def can_give(self, dtype) -> bool:
+        is_plain = not self.storage.by_row or all(
+            x[0].numel() % rule.BLOCK == 0 for x in self.arrays
+        )
+        return dtype is torch.float32 and is_plain
+
+    def read(self, cuts) -> list[Any]:
+        self.parts = _flat(self.arrays, cuts)
+        blocks = [slice(cut.start // rule.BLOCK, -(-cut.stop // rule.BLOCK)) for _, cut in cuts]
+        self.scale_parts = [
+            self.scales[i].view(-1)[x] for (i, _), x in zip(cuts, blocks, strict=True)
+        ]
+        sizes = [x.numel() for x in self.parts]
+        codes = _padded(self.parts)
+        scale = self.scale_parts[0] if len(cuts) == 1 else torch.cat(self.scale_parts)
+        decode = _signed_values if self.storage.signed else _positive_values
+        self.wide = decode(codes, scale)
+        # Each part, and then the padding of its last block.
+        pieces = self.wide.split([y for n in sizes for y in (n, -n % rule.BLOCK)])
+        for rest in pieces[1::2]:
+            rest.zero_()
+        return list(pieces[::2])
+
+    def write(self, dither) -> None:
+        encode = _signed_codes if self.storage.signed else _positive_codes
+        dither = dither if self.storage.dithers else torch.tensor(0.5, device=self.wide.device)
+        codes, scale = encode(self.wide, dither)
+        sizes = [x.numel() for x in self.parts]
+        pieces = codes.split([y for n in sizes for y in (n, -n % rule.BLOCK)])
+        torch._foreach_copy_(self.parts, pieces[::2])
+        torch._foreach_copy_(self.scale_parts, scale.split([x.numel() for x in self.scale_parts]))
+        del self.parts, self.scale_parts, self.wide
+
+
+def _moments(slots) -> _AsTheyAre:
+    """Return one kind of moment of a bucket's variables, which all have the same storage."""
+    storage = slots[0].storage
+    if isinstance(storage, InBlocks):
+        return _InBlocks(slots)
+    return _InHalf(slots) if storage == Dithered("bfloat16") else _AsTheyAre(slots)
+
+
+def _padded(parts):
+    """Concatenate tensors, each filled up with zeros to whole blocks."""
+    if len(parts) == 1 and parts[0].numel() % rule.BLOCK == 0:
+        return parts[0]
+    zeros = parts[0].new_zeros(rule.BLOCK)
+    return torch.cat([y for x in parts for y in (x, zeros[: -x.numel() % rule.BLOCK])])
+
+
+def _signed_values(codes, scale):
+    """`rule.signed_values`, in place where that saves memory."""
+    bits = codes.bitwise_and(127).to(torch.int32).bitwise_left_shift_(rule.SIGNED_DROP)
+    x = bits.add_(rule.SIGNED_FIRST).view(torch.float32).sub_(rule.SIGNED_ZERO)
+    x.view(-1, rule.BLOCK).mul_((scale / rule.SIGNED_LAST)[:, None])
+    bits.bitwise_or_(codes.view(torch.int8).to(torch.int32).bitwise_and_(-(2**31)))
+    return x
+
+
+def _signed_codes(x, dither):
+    """`rule.signed_codes`, and the scales; `x` is overwritten."""
+    negative = x.view(torch.int32).bitwise_right_shift(31)  # -1 or 0
+    blocks = x.abs_().view(-1, rule.BLOCK)
+    scale = _largest(blocks, 0.0)
+    blocks.mul_(_inverse(scale, rule.SIGNED_LAST)[:, None]).add_(rule.SIGNED_ZERO)
+    codes = _steps(x, rule.SIGNED_FIRST, rule.SIGNED_DROP, dither)
+    return codes.sub_(negative, alpha=128), scale
+
+
+def _positive_values(codes, scale):
+    """`rule.positive_values`."""
+    bits = codes.to(torch.int32).bitwise_left_shift_(rule.POSITIVE_DROP).add_(rule.POSITIVE_FIRST)
+    x = bits.view(torch.float32)
+    x.view(-1, rule.BLOCK).mul_(scale[:, None])
+    return x
+
+
+def _positive_codes(x, dither):
+    """`rule.positive_codes`, and the scales; `x` is overwritten."""
+    blocks = x.view(-1, rule.BLOCK)
+    scale = _largest(blocks, float("inf"))
+    blocks.mul_(_inverse(scale)[:, None]).clamp_(rule.POSITIVE_LEAST, 1.0)
+    return _steps(x, rule.POSITIVE_FIRST, rule.POSITIVE_DROP, dither), scale
+
+
+def _largest(blocks, instead: float):
+    """`rule.largest` of blocks that are not negative; numbers that are not finite are set to `instead`."""
+    scale = blocks.amax(1)
+    is_finite = False
+    if blocks.device.type == "cpu":  # where nothing waits for a number
+        least, most = (x.item() for x in scale.aminmax())
+        if least >= rule.SMALLEST_SCALE and most <= rule.LARGEST_SCALE:
+            return scale
+        is_finite = math.isfinite(most)
+    if not is_finite:
+        scale = rule.largest(blocks)
+        blocks.nan_to_num_(nan=instead, posinf=instead)
+    return scale.mul_(scale >= rule.SMALLEST_SCALE).clamp_(max=rule.LARGEST_SCALE)
+
+
+def _inverse(scale, last: float = 1.0):
+    """`rule.inverse`; only a scale of 0 has an infinite reciprocal."""
+    return scale.reciprocal().mul_(last).nan_to_num_(posinf=0.0)
+
+
+def _steps(x, first: int, drop: int, dither):
+    """`rule._steps`; `x` is overwritten."""
+    bits = x.view(torch.int32).add_((dither * 2**drop).to(torch.int32) - first)
+    return bits.bitwise_right_shift_(drop)
 
 
 def _joined(p, lost, dtype: str):
@@ -175,7 +341,7 @@ def _split(p, dtype: str, dither):
 
 def _dithered(x, dither):
     """`rule.rounded` to bfloat16, of an `x` that may be overwritten."""
-    # A NaN may carry into the sign, and become a number. A look for one costs little on a CPU, where nothing waits.
+    # The addition may carry a NaN into the sign, and make it a number. On a CPU, which has no queue, a check is cheap.
     if x.device.type != "cpu" or not x.sum().isfinite():
         return rule.rounded(x, "bfloat16", dither)
     bits = x.view(torch.int32)
@@ -185,4 +351,4 @@ def _dithered(x, dither):
 
 
 def _flat(tensors, cuts):
-    return [(tensors[i].view(-1), cut) for i, cut in cuts] if tensors else []
+    return [tensors[i].view(-1)[cut] for i, cut in cuts] if tensors else []

@@ -20,7 +20,7 @@ from keras_adam.engines.torch import TorchEngine, widened_all
 from keras_adam.parameters import Plan
 from keras_adam.sparse import Rows
 from keras_adam.step_config import StepConfig
-from keras_adam.storage import Compensated
+from keras_adam.storage import Compensated, InBlocks, Spec
 from keras_adam.tensors import Part, compute_dtype
 
 # Hooks of a subclass that would be given parts, and take them for whole variables or gradients.
@@ -76,29 +76,36 @@ class SpreadEngine(TorchEngine):
 
     def parts_of(self, plans: list[Plan]) -> list[Any]:
         super().parts_of(plans)  # which refuses what cannot be cut
-        sizes = [
-            sum(x.nbytes(tuple(v.shape)) for x in kept.values()) if "momentum" in kept else 0
-            for v, _, kept in plans
-        ]
+        sizes = [sum(x.nbytes(tuple(v.shape)) for x in kept.values()) for v, _, kept in plans]
+        for i, (_, _, kept) in enumerate(plans):
+            # What is kept of a part is flat, and blocks of rows are not; the other has no moments.
+            by_row = any(isinstance(x, InBlocks) and x.by_row for x in kept.values())
+            if by_row or "momentum" not in kept:
+                sizes[i] = 0
         share = sum(sizes) / self.processes
         parts = []
         ends = itertools.accumulate(sizes)
         for (variable, _, kept), size, end in zip(plans, sizes, ends, strict=True):
-            if size == 0:  # no element, or overwritten with its gradient
+            if size == 0:
                 parts.append(variable)
                 continue
             elements = math.prod(variable.shape)
-            block = max(x.block for x in kept.values())
+            block = max(s.unit for x in kept.values() for s in x.specs("", tuple(variable.shape)))
             at = [(share * k - (end - size)) / size for k in range(1, self.processes)]
             inner = [round(min(max(x, 0), 1) * elements / block) * block for x in at]
             cuts = [0, *(min(x, elements) for x in inner), elements]
             parts.append(Part(variable, cuts, self.rank))
         return parts
 
-    def slot(self, array: Variable, part: Any) -> Variable:
+    def slot(self, array: Variable, part: Any, spec: Spec) -> Variable:
         if isinstance(part, Part):
             array.__class__ = SpreadVariable  # Keras makes it, and keeps it among the optimizer's
-            array.part, array.whole_shape = part, tuple(part.variable.shape)
+            if spec.shape is None:
+                array.part, array.whole_shape = part, tuple(part.variable.shape)
+            else:  # scales, each of a block
+                cuts = [-(-cut // spec.unit) for cut in part.cuts]
+                array.part = Part(part.variable, cuts, part.rank)
+                array.whole_shape = (cuts[-1],)
         return array
 
     def whole(self, variable: Variable) -> np.ndarray:

@@ -10,6 +10,7 @@ import sys
 import keras
 
 import keras_adam
+from support import wide
 from support.models import EVERYTHING, START, fit, make_model
 
 HERE = pathlib.Path(__file__).parent
@@ -46,8 +47,17 @@ def half(commit):
         model.save_weights(HERE / f"{dtype}-{commit}.weights.h5")
 
 
+def eight_bits(commit):
+    groups = [{"params": ".*second.*", "state_dtype": "float32"}]
+    model = wide.trained(amsgrad=True, param_groups=groups)
+    wide.save(HERE, f"eight_bits-{commit}", model)
+
+
 if __name__ == "__main__":
     commit = sys.argv[1]
+    if commit == "84035b6":
+        eight_bits(commit)
+        sys.exit()
     everything(commit)
     if commit in ("c374e95", "0f12d19"):
         joined_late(commit)

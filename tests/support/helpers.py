@@ -21,9 +21,9 @@ RECORDED = (1, 2, 10, 50, 200)
 
 
 def random_problem(rng, steps):
-    """Start values, and for each step the gradients, from 1e-5 to 1e2 in size.
+    """Return start values, and for each step the gradients, from 1e-5 to 1e2 in size.
 
-    Every element has a size of its own, so that some live near epsilon, and varies around it.
+    Every element varies around a size of its own, so that some are near epsilon.
     """
     starts = [rng.standard_normal(shape).astype("float32") for shape in SHAPES.values()]
     stacked = [random_gradients(rng, steps, shape) for shape in SHAPES.values()]
@@ -54,7 +54,7 @@ def to_tensors(gradients, dtype="float32"):
 
 
 def to_numpy(variables):
-    """Copies, since a torch variable's array is the memory that the next step writes to."""
+    """Return copies, since a torch variable's array is the memory that the next step writes to."""
     return [
         np.array(keras.ops.convert_to_numpy(as_numpy_knows_it(v)), "float64") for v in variables
     ]

@@ -18,7 +18,7 @@ import pytest
 import keras_adam
 
 if keras.backend.backend() == "torch":
-    # Derive from Keras's Adam on their first import, so that has to come before any change.
+    # These derive from Keras's Adam when they are first imported, which must be before any change.
     import keras.src.backend.torch.optimizers.torch_adamw
 
 # Tests that an Adam, or ours, is not meant to pass.

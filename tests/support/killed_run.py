@@ -1,4 +1,4 @@
-"""Trains under BackupAndRestore and dies where it is told: `python -m support.killed_run FOLDER RUNS`.
+"""Train under BackupAndRestore and die at given places: `python -m support.killed_run FOLDER RUNS`.
 
 RUNS is JSON: for each run its configuration, its name, and the places of death, one for each life. The last life ends
 by itself. Each life is a process of its own, forked before the backend has done anything, and is killed by SIGKILL.
@@ -111,7 +111,7 @@ def live(folder, configuration, place, result):
 
 
 def _die_in_save(model, death, kind, epoch):
-    """Die while the file is being written, or when it is, but not yet what says of which epoch it is."""
+    """Die while the file is being written, or after it, but before its epoch is written."""
     optimizer = model.optimizer
     save_state, save_weights = optimizer.save_own_variables, model.save_weights
 

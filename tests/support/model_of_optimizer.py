@@ -4,22 +4,26 @@
 step does around it as well: accumulation, clipping, groups, late joiners, averages, skipped steps; for
 any gradient, infinities and NaNs among them. Like `reference.py` it never imports keras_adam.
 
-Beside each array stands `error`, how far an implementation that rounds may be from it. It is carried
-through each equation as the numbers are, so that a small difference is allowed where one is to be
-expected (a step after a cancellation, one that is divided by almost nothing), and nowhere else.
+Each array has an `error`: how far an implementation that rounds may be from it. Each equation computes it
+along with the numbers. So a small difference is allowed where it is expected (a step after a cancellation,
+or a division by almost nothing), and nowhere else.
 """
 
 import dataclasses
 
 import numpy as np
 
+from support import eight_bits
+
 LARGEST = float(np.finfo("float32").max)
+# Beyond, a square is infinite in float32. What becomes of such a finite gradient differs by path, see docs/rule.md.
+SQUARABLE = 1.8e19
 FLUSHED = 2.0**-125  # numbers below 2^-126 may be taken for zero: XLA and TensorFlow do
 
 # Half the distance between neighbours, relative.
 UNIT = {"float32": 2.0**-24, "float64": 2.0**-53}
-# What storing a variable may do to it: relative, absolute. A variable of half precision alone is
-# rounded to its 8 or 11 bits; with its compensation, the compensation is, up or down.
+# The error of storing a variable: relative, absolute. Without a compensation, a variable of half precision is rounded
+# to its 8 or 11 bits; with one, only the compensation is rounded, up or down.
 STORED = {
     ("float64", False): (2.0**-53, 0.0),
     ("float32", False): (2.0**-24, 0.0),
@@ -50,9 +54,8 @@ class Variable:
         )
         self.m, self.v, self.s, self.total = (np.zeros_like(self.p) for _ in range(4))
         self.average = None
-        # The second moment has left float32's range: the gradient's square is infinite there, so
-        # that no step is made. What follows is no step, or a NaN where infinity minus infinity
-        # comes in.
+        # The second moment has left float32's range: the gradient's square is infinite there, so that no step is made.
+        # From then on no step is made, or the element is NaN, from infinity minus infinity.
         self.may_be_nan = np.zeros(self.p.shape, bool)
         self.is_lost = np.zeros(self.p.shape, bool)  # anything goes: it left its dtype's range
 
@@ -66,7 +69,10 @@ class Optimizer:
     root of a square is the number itself, and what follows from it may be anything.
     """
 
-    def __init__(self, variables, options, scalar_error=2e-6, lone_norms_hold=False):
+    def __init__(
+        self, variables, options, scalar_error=2e-6, lone_norms_hold=False, least_in_8_bits=4096
+    ):
+        self.least_in_8_bits = least_in_8_bits
         self.lone_norms_hold = lone_norms_hold
         self.variables = list(variables)
         self.options = options
@@ -179,6 +185,8 @@ class Optimizer:
 
     def _update_variable(self, x, g, e_g):
         group, u, q = x.group, UNIT[x.wide], self.scalar_error
+        if x.wide == "float32":
+            x.is_lost |= np.isfinite(g) & (np.abs(g) > SQUARABLE)
         t = self.updates + 1 - x.start
         lr, beta_1, beta_2 = self._rate(group), group["beta_1"], group["beta_2"]
         decay = (group["weight_decay"] or 0.0) if x.decays else 0.0
@@ -224,20 +232,36 @@ class Optimizer:
         divisor = root + epsilon
         step = size * x.m / divisor
         least = (root - e_root + epsilon) * (1 - q - 4 * u)
-        e_step = size * ((np.abs(x.m) + x.e_m) / least - np.abs(x.m) / divisor) + q * np.abs(step)
+        longer = (np.abs(x.m) + x.e_m) / least - np.abs(x.m) / divisor
+        most = np.sqrt(s + e_s) + epsilon
+        shorter = np.abs(x.m) / divisor - np.maximum(np.abs(x.m) - x.e_m, 0) / most
+        # A product below 2^-126 may be taken for zero before it is divided.
+        e_step = size * np.fmax(longer, shorter) + q * np.abs(step) + FLUSHED / least
         frozen = np.isinf(s)
         x.may_be_nan |= frozen
         x.p = x.p - step
         x.e_p = x.e_p + np.where(frozen, 0, e_step) + u * (np.abs(x.p) + np.abs(step))
         self._store(x)
-        if self.options["state_dtype"]:  # of less range than a float64 variable
+        kept = self._state_dtype(x)
+        if kept == "8bit":
+            x.is_lost = _any_in_block(x.is_lost)  # which may have been taken for the largest
+            x.m, x.e_m = _in_blocks(x.m, x.e_m, signed=True)
+            x.v, x.e_v = _in_blocks(x.v, x.e_v, signed=False)
+            if group["amsgrad"]:
+                x.s, x.e_s = _in_blocks(x.s, x.e_s, signed=False)
+        elif kept != x.wide:  # of less range than a float64 variable
             x.m, x.v, x.s = (_in_range(y, "float32") for y in (x.m, x.v, x.s))
             x.may_be_nan |= np.isinf(x.v)
 
     def _state_error(self, x):
-        """What keeping a moment does to it, relative."""
-        kept = self.options["state_dtype"] or x.wide
-        return {"bfloat16": 2.0**-7, "float32": 2.0**-24, "float64": 0.0}[kept]
+        """The relative error of storing a moment."""
+        kept = self._state_dtype(x)
+        return {"bfloat16": 2.0**-7, "float32": 2.0**-24, "float64": 0.0, "8bit": 0.0}[kept]
+
+    def _state_dtype(self, x):
+        kept = x.group.get("state_dtype", self.options["state_dtype"]) or x.wide
+        in_blocks = x.p.size >= self.least_in_8_bits and x.wide == "float32"
+        return x.wide if kept == "8bit" and not in_blocks else kept
 
     def _store(self, x):
         has_rest = x.dtype in ("bfloat16", "float16") and self.options["kahan_sum"] is not False
@@ -262,8 +286,31 @@ class Optimizer:
                 self._store(x)
 
 
+def _in_blocks(x, error, signed):
+    """What 8 bits keep of a moment: within a spacing, which near zero is that of the block's smallest."""
+    blocks, error = eight_bits.blocks_of(x), eight_bits.blocks_of(error)
+    is_finite = np.isfinite(blocks)
+    error = np.where(is_finite, np.nan_to_num(error, nan=np.inf), 0)
+    size = np.where(is_finite, np.abs(blocks), 0)
+    largest = np.max(size, axis=1, keepdims=True)
+    most = np.max(size + error, axis=1, keepdims=True)  # what may have been taken for the largest
+    kept = np.where(is_finite, blocks, 0 if signed else largest)
+    size = np.abs(kept) + error
+    away = size / 8 + most * 2.0**-18 if signed else size / 16 + most * 2.0**-15.9
+    away = away + error + np.where(size > 2.0**126, size, 0) + FLUSHED
+    away = np.where(is_finite, away, most)
+    return eight_bits.joined(kept, x.shape), eight_bits.joined(away, x.shape)
+
+
+def _any_in_block(condition):
+    """Whether the condition holds for any element of the block."""
+    blocks = eight_bits.blocks_of(condition)
+    of_each = np.repeat(blocks.any(axis=1, keepdims=True), eight_bits.BLOCK, axis=1)
+    return eight_bits.joined(of_each, condition.shape)
+
+
 def _in_range(x, wide):
-    """Infinity for what is beyond float32's range, where all is computed in it."""
+    """Replace what is beyond float32's range by infinity, if all is computed in float32."""
     return np.where(np.abs(x) > LARGEST, np.copysign(np.inf, x), x) if wide == "float32" else x
 
 

@@ -59,7 +59,7 @@ def assert_close(actual, desired, **tolerance):
 
 
 def gradients(model, x, y):
-    """What a custom loop of each backend computes."""
+    """Return the gradients that a custom loop of each backend computes."""
     return _GRADIENTS[keras.backend.backend()](model, x, y)
 
 
@@ -98,7 +98,7 @@ _GRADIENTS = {
 
 
 class Expected:
-    """Training as NumPy does it, one or more reference optimizers sharing the variables.
+    """Training in NumPy, with one or more reference optimizers that share the variables.
 
     `optimizers` are the options of each variable's own optimizer, or of one for both.
     """

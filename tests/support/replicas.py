@@ -23,6 +23,7 @@ CASES = {
         "param_groups": [{"params": ".*/bias", "learning_rate_multiplier": 0.1, "weight_decay": 0}],
     },
     "bfloat16": {},
+    "8bit": {"state_dtype": "8bit"},
     "skip_nonfinite": {"skip_nonfinite": True},
     "late": {"skip_nonfinite": True},
 }
@@ -30,8 +31,9 @@ STEPS, BATCH = 16, 16
 
 
 def cases_of(engine):
-    # TensorFlow's collectives broadcast no bfloat16, so that no such variable can be made under several workers.
-    return [c for c in CASES if not (c == "bfloat16" and engine.startswith("multi-worker"))]
+    # TensorFlow's collectives broadcast neither bfloat16 nor uint8: no such variable can be made under several workers.
+    left_out = ("bfloat16", "8bit") if engine.startswith("multi-worker") else ()
+    return [c for c in CASES if c not in left_out]
 
 
 def data(case):
@@ -52,7 +54,8 @@ def compiled(case, **more):
     model = keras.Sequential(
         [
             keras.Input((8,)),
-            keras.layers.Dense(16, activation="tanh", name="first"),
+            # Of 4,096 elements where it is to be kept in 8 bits.
+            keras.layers.Dense(512 if case == "8bit" else 16, activation="tanh", name="first"),
             keras.layers.Dense(3, name="second"),
         ]
     )

@@ -17,6 +17,8 @@ from support.models import EVERYTHING
 from support.steps import sparse_gradient, to_tensor
 
 SHAPES = {"kernel": (5, 7), "bias": (7,), "scalar": (), "empty": (0, 3), "rows": (40, 3)}
+# In 8 bits, of 4,096 elements and more: cut between blocks, the last of which is not full.
+SHAPES_OF_8_BITS = SHAPES | {"kernel": (70, 70), "bias": (4096,)}
 STEPS = 12
 PLAIN = {"learning_rate": 0.01, "weight_decay": 0.1}
 # Options of the optimizer and the dtype of the variables; what else a case has is told by its name.
@@ -37,6 +39,9 @@ CASES = {
     "nonfinite": ({"skip_nonfinite": True, "gradient_accumulation_steps": 2}, "float32"),
     "lazy": ({"lazy": True, "global_clipnorm": 0.5} | PLAIN, "float32"),
     "moments in bfloat16": ({"state_dtype": "bfloat16", "amsgrad": True} | PLAIN, "float32"),
+    "8bit": ({"state_dtype": "8bit", "amsgrad": True, "use_ema": True} | PLAIN, "float32"),
+    "8bit, lazy": ({"state_dtype": "8bit", "lazy": True} | PLAIN, "float32"),
+    "8bit, bfloat16": ({"state_dtype": "8bit"} | PLAIN, "bfloat16"),
     "bfloat16": ({"use_ema": True, "ema_overwrite_frequency": 5} | PLAIN, "bfloat16"),
     "constraint, bfloat16": ({"state_dtype": "bfloat16"} | PLAIN, "bfloat16"),
     "float16": ({"skip_nonfinite": True, "gradient_accumulation_steps": 2} | PLAIN, "float16"),
@@ -48,7 +53,8 @@ ATOL = {"float32": 2e-7, "float64": 1e-15, "bfloat16": 0, "float16": 0}
 def train(case, spread):
     options, dtype = CASES[case]
     rng = np.random.default_rng(11)
-    start = {name: rng.uniform(-0.8, 0.8, shape) for name, shape in SHAPES.items()}
+    shapes = SHAPES_OF_8_BITS if case.startswith("8bit") else SHAPES
+    start = {name: rng.uniform(-0.8, 0.8, shape) for name, shape in shapes.items()}
     variables = [keras.Variable(x, dtype=dtype, name=name) for name, x in start.items()]
     if case == "transposed":  # as `keras.initializers.Orthogonal` leaves it
         variables[0]._value.data = variables[0].value.data.T.contiguous().T
@@ -58,13 +64,13 @@ def train(case, spread):
     optimizer = keras_adam.Adam(**{"learning_rate": 0.01, **options}, shard_state=spread)
     optimizer.build(variables[2:] if case == "late" else variables)
     for step in range(STEPS):
-        grads = [rng.normal(size=shape) for shape in SHAPES.values()]
+        grads = [rng.normal(size=shape) for shape in shapes.values()]
         if case == "nonfinite" and step in (3, 4):
             grads[step - 3].flat[2] = np.nan
         grads = [to_tensor(np.asarray(g), v) for g, v in zip(grads, variables, strict=True)]
         if case == "absent" and step % 3 == 2:
             grads[step % 2] = None
-        if case == "lazy":
+        if case.endswith("lazy"):
             indices = rng.integers(0, 40, 9)
             grads[-1] = sparse_gradient(indices, rng.normal(size=(9, 3)), SHAPES["rows"])
         if case == "late" and step == 4:
@@ -108,7 +114,8 @@ def options(folder, rank, processes):
         for of_one in of_all:
             for got, first in zip(of_one, of_all[0], strict=True):
                 np.testing.assert_array_equal(got, first, err_msg=case)
-        if case != "late":  # of which each joining is cut for itself
+        # Each joining is cut for itself, and blocks of rows are not cut.
+        if case not in ("late", "8bit, lazy"):
             held = sum(
                 v.value.nbytes for v in spread.variables if v.shape and "hyper" not in v.path
             )

@@ -89,7 +89,7 @@ def values_of(tensors):
 
 
 def value_of(tensor):
-    """As float64; a copy, since torch goes on writing to a variable's memory."""
+    """Return a float64 copy, since torch goes on writing to a variable's memory."""
     if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":
         tensor = keras.ops.cast(tensor, "float32")
     return np.array(keras.ops.convert_to_numpy(tensor), dtype="float64")

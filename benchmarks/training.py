@@ -1,35 +1,44 @@
-"""Does half precision train as well as float32? Final validation losses over several seeds.
+"""Do variables and moments in fewer bits train as well as in float32? Final validation losses over several seeds.
 
-    KERAS_BACKEND=torch python benchmarks/half_precision.py
-    python benchmarks/half_precision.py --report
+    KERAS_BACKEND=torch python benchmarks/training.py
+    python benchmarks/training.py --report
 
 The first trains a convolutional net on scikit-learn's digits and a small transformer on the characters of a module of
-Python's library, wholly in one dtype, and writes `half-precision-<backend>.json`; what that holds already is not run
-again. The second makes a table and plots of all such files: `half-precision.md`, `half-precision-light.png`,
-`half-precision-dark.png`.
+Python's library, wholly in one dtype, and writes `training-<backend>.json`. Runs that the file holds already are not
+repeated. The second makes a table and plots of all such files: `training.md`, `training-light.png`,
+`training-dark.png`.
+
+These models are small, and 8 bits start at 4,096 elements of a variable. Here they start at 256, in each of the
+packages that have them.
 """
 
 import argparse
+import contextlib
 import inspect
 import json
+import math
 import os
 import re
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 from rich.console import Console
 
 import keras_adam
+from keras_adam import rule, storage
 
 HERE = Path(__file__).parent
 BACKEND = keras.backend.backend()
 RATE, LAST_RATE = 2e-3, 0.01  # the last as a share of the first
 FLOAT32, OURS_16 = "keras_adam, float32", "keras_adam, bfloat16"
+LINEAR = "float32, v in evenly spaced 8 bits"  # which must fail
+LEAST_IN_8_BITS = 256
 SCALE = {"loss_scale_factor": 256.0}  # gradients below 6e-8 are zero in float16
 
 
@@ -46,6 +55,19 @@ def contestants(steps: int) -> dict:
             "bfloat16",
             lambda: keras_adam.Adam(rate(), state_dtype="bfloat16"),
         ),
+        "keras_adam, float32, moments in bfloat16": (
+            "float32",
+            lambda: keras_adam.Adam(rate(), state_dtype="bfloat16"),
+        ),
+        "keras_adam, float32, moments in 8 bits": (
+            "float32",
+            lambda: keras_adam.Adam(rate(), state_dtype="8bit"),
+        ),
+        "keras_adam, bfloat16, moments in 8 bits": (
+            "bfloat16",
+            lambda: keras_adam.Adam(rate(), state_dtype="8bit"),
+        ),
+        LINEAR: ("float32", lambda: _LinearVelocity(rate())),
         "keras_adam, bfloat16, kahan_sum=False": (
             "bfloat16",
             lambda: keras_adam.Adam(rate(), kahan_sum=False),
@@ -59,22 +81,70 @@ def contestants(steps: int) -> dict:
         ),
     }
     if BACKEND == "torch":
-        import torch
+        found |= _of_torch()
+    return found
 
-        options = {"lr": RATE, "eps": 1e-7, "weight_decay": 0.0}
-        found["torch.optim.AdamW, bfloat16"] = (
+
+def _of_torch() -> dict:
+    import torch
+
+    options = {"lr": RATE, "eps": 1e-7, "weight_decay": 0.0}
+    found = {
+        "torch.optim.AdamW, bfloat16": (
             "bfloat16",
             lambda: lambda parameters: torch.optim.AdamW(parameters, **options),
         )
-        try:
-            import optimi
-        except ImportError:
-            return found
+    }
+    with contextlib.suppress(ImportError):
+        import optimi
+
         found["optimi.AdamW, bfloat16, Kahan"] = (
             "bfloat16",
             lambda: lambda parameters: optimi.AdamW(parameters, kahan_sum=True, **options),
         )
+    with contextlib.suppress(ImportError):
+        import bitsandbytes
+
+        found["bitsandbytes.AdamW8bit, float32"] = (
+            "float32",
+            lambda: (
+                lambda parameters: bitsandbytes.optim.AdamW8bit(
+                    parameters, min_8bit_size=LEAST_IN_8_BITS, **options
+                )
+            ),
+        )
+    with contextlib.suppress(ImportError):
+        import torchao.optim
+
+        class AdamW8bit(torchao.optim.AdamW8bit):
+            def _new_buffer(self, p, signed):
+                if p.numel() < LEAST_IN_8_BITS or p.numel() % self.block_size:
+                    return torch.zeros_like(p)
+                return self._subclass_zeros(p, signed, self.block_size)
+
+        found["torchao.AdamW8bit, float32"] = (
+            "float32",
+            lambda: lambda parameters: AdamW8bit(parameters, **options),
+        )
     return found
+
+
+class _LinearVelocity(keras_adam.Adam):
+    """Rounds the second moments after each step as 8-bit whole numbers, relative to the largest of a block, would."""
+
+    def apply(self, grads, trainable_variables=None):
+        super().apply(grads, trainable_variables)
+        for variable in self.variables:
+            if variable.name.endswith("velocity") and math.prod(variable.shape) >= LEAST_IN_8_BITS:
+                variable.assign(_evenly_spaced(variable.value))
+
+
+def _evenly_spaced(x):
+    size = math.prod(x.shape)
+    blocks = ops.reshape(ops.pad(ops.reshape(x, (-1,)), (0, -size % rule.BLOCK)), (-1, rule.BLOCK))
+    unit = ops.max(blocks, axis=-1, keepdims=True) / 255
+    rounded = ops.round(ops.divide_no_nan(blocks, unit)) * unit
+    return ops.reshape(ops.reshape(rounded, (-1,))[:size], x.shape)
 
 
 class Digits:
@@ -182,6 +252,7 @@ def _train_on_torch(task, model, loss, make, seed) -> None:
         optimizer,
         lambda t: LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + np.cos(np.pi * min(1, t / steps))),
     )
+    torch.compiler.set_stance("force_eager")  # torchao compiles for each shape, which takes longer
     rng = np.random.default_rng(seed)
     for _ in range(task.epochs):
         order = rng.permutation(len(x))
@@ -200,9 +271,10 @@ def _steps(task) -> int:
 def run(seeds: int, only: str) -> None:
     console = Console()
     found = {"backend": BACKEND, "keras": keras.__version__, "seeds": seeds, "tasks": {}}
-    out = HERE / f"half-precision-{BACKEND}.json"
+    out = HERE / f"training-{BACKEND}.json"
     if out.exists() and (before := json.loads(out.read_text()))["seeds"] == seeds:
         found["tasks"] = before["tasks"]  # a run that was broken off goes on
+    mock.patch.object(storage, "_LEAST_IN_8_BITS", LEAST_IN_8_BITS).start()
     for task in (Digits(), Characters()):
         losses = found["tasks"].setdefault(task.name, {})
         for name, (dtype, make) in contestants(_steps(task)).items():
@@ -232,7 +304,7 @@ def report() -> None:
     from plot import THEMES
     from tables import BACKENDS
 
-    files = sorted(HERE.glob("half-precision-*.json"))
+    files = sorted(HERE.glob("training-*.json"))
     results = [json.loads(f.read_text()) for f in files]
     seeds = {r["seeds"] for r in results}
     lines = [
@@ -257,9 +329,9 @@ def report() -> None:
                 verdict = "yes" if mean <= high else "no"
                 lines[-1] += f"\n| {name} | {_summary(values)} | {verdict} |"
             lines.append(f"float32 lay between {low:.4f} and {high:.4f}.")
-    (HERE / "half-precision.md").write_text("\n\n".join(lines) + "\n")
+    (HERE / "training.md").write_text("\n\n".join(lines) + "\n")
     for name, theme in THEMES.items():
-        _draw(results, theme, HERE / f"half-precision-{name}.png")
+        _draw(results, theme, HERE / f"training-{name}.png")
 
 
 def _names(results) -> list[str]:
