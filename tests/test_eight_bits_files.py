@@ -86,6 +86,7 @@ def test_fit_save_load_fit_is_fit_fit(options, tmp_path):
     assert_same_bits(all_of(wide.fit(fresh)), all_of(wide.fit(model)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("other", sorted({"jax", "tensorflow", "torch"} - {BACKEND}))
 def test_goes_on_under_another_backend(other, tmp_path):
     for name, options in ALL.items():

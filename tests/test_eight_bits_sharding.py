@@ -79,6 +79,7 @@ def test_codes_and_scales_are_divided_and_the_result_is_that_of_one_device(optio
     """)
 
 
+@pytest.mark.long
 def test_fit_files_and_another_number_of_devices(tmp_path):
     run(f"""
         def on(count):
@@ -111,6 +112,7 @@ def test_fit_files_and_another_number_of_devices(tmp_path):
     """)
 
 
+@pytest.mark.long
 def test_model_parallel():
     run("""
         mesh = keras.distribution.DeviceMesh((4, 2), ["batch", "model"], devices)

@@ -65,8 +65,8 @@ class JaxEngine(Engine):
             return
         kept, ours = self._changing(variables)
         given = [v.value for v in ours]
-        # State that only its variable and this list hold is updated in its own memory. When JAX looks for NaNs, it needs
-        # the arguments again.
+        # State that only its variable and this list hold is updated in its own memory; but when JAX looks for NaNs,
+        # it needs the arguments again.
         is_needed = jax.config.jax_debug_nans or jax.config.jax_debug_infs
         may_donate = not is_needed and all(n == _HELD_TWICE for n in map(sys.getrefcount, given))
         pattern = tuple(g is None for g in grads)

@@ -139,6 +139,8 @@ class Tensors:
                 torch._foreach_copy_(lost, rest.split(sizes))
             if is_half:
                 torch._foreach_copy_(parameters, whole.split(sizes))
+            if isinstance(self.moments[0], _InBlocks):
+                _let_stand(*(x.wide for x in self.moments[:2]))
             for x in self.moments:
                 x.write(dither)
 
@@ -247,6 +249,12 @@ def _moments(slots) -> _AsTheyAre:
     if isinstance(storage, InBlocks):
         return _InBlocks(slots)
     return _InHalf(slots) if storage == Dithered("bfloat16") else _AsTheyAre(slots)
+
+
+def _let_stand(m, v) -> None:
+    """Set `m` to 0 where `v` is not finite: codes have no infinity, and a large `m` over a finite `v` would go far."""
+    if v.device.type != "cpu" or not v.amax().isfinite():
+        m.masked_fill_(v.isfinite().logical_not_(), 0.0)
 
 
 def _padded(parts):
