@@ -92,7 +92,7 @@ def on_torch(rounds: int) -> list[str]:
         cells = [row["model"], row["processes"], *shares, *ratios, f"{row['away']:.0e}"]
         table += f"\n| {' | '.join(map(str, cells))} |"
     return [
-        "## Processes of PyTorch",
+        "### Processes of PyTorch",
         "`DistributedDataParallel` over gloo, one thread each, beside "
         "`torch.distributed.optim.ZeroRedundancyOptimizer` over `torch.optim.Adam`, as it is and with `fused=True`. "
         "Bytes: the most that a process holds, times the number of processes, divided by the whole; 1 is a just "

@@ -115,7 +115,7 @@ def launch(folder):
     BACKEND == "jax" and KERAS < (3, 15), reason="`fit` in several processes took tf.data alone"
 )
 def test_one_of_two_processes_is_killed(tmp_path):
-    """Both are started again, and end where an undisturbed run ends, to the bit; only on TensorFlow with whole state."""
+    """Started again, both end where an undisturbed run ends, to the bit; the state is spread, but on TensorFlow."""
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     finish([launch(undisturbed)])
     launcher = launch(disturbed)
