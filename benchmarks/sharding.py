@@ -1,13 +1,16 @@
-"""What `shard_state=True` saves and costs: bytes of state per device, time of a step; on JAX.
+"""What `shard_state=True` saves and costs: bytes of state per device, time of a step.
 
     python benchmarks/sharding.py
 
-Eight devices are made of this machine's CPU, so that times show the work that is done, not a network.
-Writes `sharding.md`.
+On JAX eight devices are made of this machine's CPU, on PyTorch two processes and four, so that their time tells of the
+work that is done, not of a network. Writes `sharding.md`.
 """
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -68,6 +71,37 @@ def seconds(step) -> float:
     return time.perf_counter() - begin
 
 
+def on_torch(rounds: int) -> list[str]:
+    """Return the paragraphs for PyTorch, whose processes are started anew."""
+    rows = []
+    for processes in (2, 4):
+        launch = [sys.executable, HERE.parent / "examples" / "launch.py"]
+        command = [*launch, "--processes", str(processes), HERE / "sharding_torch.py"]
+        options = ["--rounds", str(rounds)]
+        done = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True, check=True)
+        printed = next(line for line in done.stdout.splitlines() if line.startswith("[{"))
+        rows += json.loads(printed)
+    names = list(rows[0]["share"])
+    table = (
+        f"| model | processes | bytes: {' | '.join(names)} | time: {' | '.join(names[1:])} | weights |\n"
+        f"| --- |{' ---: |' * (2 * len(names) + 1)}"
+    )
+    for row in rows:
+        shares = [f"{row['share'][name] * row['processes']:.2f}" for name in names]
+        ratios = [f"{row['ratio'][name]:.2f}" for name in names[1:]]
+        cells = [row["model"], row["processes"], *shares, *ratios, f"{row['away']:.0e}"]
+        table += f"\n| {' | '.join(map(str, cells))} |"
+    return [
+        "### Processes of PyTorch",
+        "`DistributedDataParallel` over gloo, one thread each, beside "
+        "`torch.distributed.optim.ZeroRedundancyOptimizer` over `torch.optim.Adam`, as it is and with `fused=True`. "
+        "Bytes: the most that a process holds, times the number of processes, divided by the whole; 1 is a just "
+        "share. Time: of the optimizer's step, divided by that of keras_adam's, medians of rounds in turn. Weights: "
+        "how far the two are apart after 50 steps.",
+        table,
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -92,6 +126,8 @@ def main() -> None:
         row = f"| {name} | {bytes_each[0]:.2f} | {bytes_each[1]:.2f} | {ratio:.2f} |"
         console.print(row)
         lines[-1] += f"\n{row}"
+    lines += on_torch(rounds)
+    console.print(lines[-1])
     (HERE / "sharding.md").write_text("\n\n".join(lines) + "\n")
 
 

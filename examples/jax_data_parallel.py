@@ -52,17 +52,6 @@ def batches(epoch):
         yield x[rows], y[rows]
 
 
-def save(epoch):
-    """Save in each process, as all hold a part of the state; keep the first process's file, whole or not at all."""
-    given.backup.mkdir(parents=True, exist_ok=True)
-    scratch = given.backup / f"unfinished-{RANK}.keras"
-    model.save(scratch)
-    if RANK == 0:
-        os.replace(scratch, given.backup / f"epoch-{epoch:04}.keras")
-    else:
-        scratch.unlink()
-
-
 saved = sorted(given.backup.glob("epoch-*.keras")) if given.backup else []
 if saved:
     model = keras.saving.load_model(saved[-1])
@@ -80,8 +69,9 @@ for epoch in range(len(saved), given.epochs):
     history = model.fit(batches(epoch), steps_per_epoch=steps, shuffle=False, verbose=0).history
     if RANK == 0:
         print(f"epoch {epoch}: accuracy {history['accuracy'][-1]:.1%}")
-    if given.backup:
-        save(epoch)
+    if given.backup:  # all processes together, as each holds a part of the state
+        given.backup.mkdir(parents=True, exist_ok=True)
+        keras_adam.save_model(model, given.backup / f"epoch-{epoch:04}.keras")
 
 if RANK == 0:
     state = model.optimizer.variables

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_adam.paths import align
 from keras_adam.storage import MOMENTS, SCALE, InBlocks, Storage
@@ -45,12 +44,12 @@ class Entry(NamedTuple):
         return _label(self.role, self.path)
 
     def saved(self, to_numpy: Callable[[Any], np.ndarray]) -> "Saved":
-        """Return it as it is to be saved; `to_numpy` gives a tensor's values."""
+        """Return it as it is to be saved; `to_numpy` gives a variable's values."""
         dtype = keras.backend.standardize_dtype(self.variable.dtype)
-        # HDF5 has no bfloat16.
-        value = ops.cast(self.variable, "float32") if dtype == "bfloat16" else self.variable
         start = "" if self.start is None else str(self.start)
-        array = np.asarray(to_numpy(value))
+        array = np.asarray(to_numpy(self.variable))
+        if dtype == "bfloat16":  # which HDF5 does not have
+            array = array.astype("float32")
         scale = None if self.scale is None else np.asarray(to_numpy(self.scale))
         return Saved(self.role, self.path, array, start, self.frozen, dtype, scale)
 

@@ -111,12 +111,12 @@ class Adam(TorchVocabulary, KerasVocabulary):
             others do not decay, and weight decay leaves them alone. Not with `gradient_accumulation_steps`. Defaults
             to `False`: the result is that of the dense gradient. With and without `lazy`, TensorFlow leaves out rows of
             negative indices, and JAX counts them from the end, as in their dense gradients.
-        shard_state: Whether, on JAX under a `keras.distribution`, each data-parallel device keeps its part of the state
-            (moments, averages, accumulators, compensations) and makes its part of the update (ZeRO, stage 1): the first
-            axis that the number of devices divides is split, and a variable without such an axis has its state
-            whole. Without a distribution, and on TensorFlow and PyTorch, the state stays whole. Results are the
-            same, and so are files; where several processes share the work, all must save together. Defaults to
-            `False`.
+        shard_state: Whether each data-parallel device keeps its part of the state (moments, averages, accumulators,
+            compensations) and makes its part of the update (ZeRO, stage 1). On JAX under a `keras.distribution` the
+            first axis that the number of devices divides is split, and a variable without such an axis has its
+            state whole. On PyTorch with an initialized process group all elements are laid end to end and cut into
+            stretches of as many bytes. Else, and on TensorFlow, the state stays whole. Results are the same, and so
+            are files; several processes save together, by `keras_adam.save_model`. Defaults to `False`.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -21,6 +21,9 @@ _BUILD_ORDER = (
 )
 _ROLES = {"accumulator": "gradient_accumulator"}  # in files, where it is not the slot's name
 
+# A new variable, its group, and the storage of each of its slots.
+Plan = tuple[Any, ParamGroup, dict[str, Storage]]
+
 
 @dataclass(eq=False)
 class Slot:
@@ -88,7 +91,7 @@ class Parameter:
         return [slot for slot in slots if slot is not None]
 
     def array(self, name: str) -> Any:
-        """Return a slot's first state variable, or None; a model's variable itself does not count."""
+        """Return a slot's first state variable, or None; a model's variable itself, or its part, does not count."""
         slot = getattr(self, name)
         arrays = () if slot is None else slot.arrays[name == "value" :]
         return arrays[0] if arrays else None
@@ -114,7 +117,7 @@ class Parameters:
 
     Args:
         key_of: Function that tells variables apart.
-        add: Function `(variable, spec) -> state variable` that makes state.
+        add: Function `(variable or part of one, spec) -> state variable` that makes state.
         add_start: Function `(number, update) -> state variable` that makes the scalar of late variables.
     """
 
@@ -145,14 +148,17 @@ class Parameters:
     def variables(self) -> list[Any]:
         return [p.variable for p in self.records]
 
-    def create(self, plans: list[tuple[Any, ParamGroup, dict[str, Storage]]], update: int) -> None:
-        """Make records; each plan is a new variable, its group, and a storage for each of its slots.
+    def create(self, plans: list[Plan], parts: list[Any], update: int) -> None:
+        """Make records of new variables.
 
-        They join at `update`, 0 being the beginning.
+        Args:
+            plans: What each is to have.
+            parts: What is updated here of each: the variable itself, or a part of it.
+            update: When they join, 0 being the beginning.
         """
         new = []
-        for variable, group, plan in plans:
-            new.append(Parameter(variable, group, Slot(plan["value"], (variable,))))
+        for (variable, group, plan), part in zip(plans, parts, strict=True):
+            new.append(Parameter(variable, group, Slot(plan["value"], (part,))))
             group.variables.append(variable)
         late = [p for p, (_, _, plan) in zip(new, plans, strict=True) if "momentum" in plan]
         if update and late:
@@ -160,12 +166,12 @@ class Parameters:
             for p in late:
                 p.joined = joined
         for names in _BUILD_ORDER:
-            for p, (variable, _, plan) in zip(new, plans, strict=True):
+            for p, part, (_, _, plan) in zip(new, parts, plans, strict=True):
                 for name in names:
                     if name in plan:
-                        role, shape = _ROLES.get(name, name), tuple(variable.shape)
-                        made = [self.add(variable, x) for x in plan[name].specs(role, shape)]
-                        itself = (variable,) if name == "value" else ()
+                        role, shape = _ROLES.get(name, name), tuple(part.shape)
+                        made = [self.add(part, x) for x in plan[name].specs(role, shape)]
+                        itself = (part,) if name == "value" else ()
                         setattr(p, name, Slot(plan[name], (*itself, *made)))
         self.records = [*self.records, *new]
         self._reindex()

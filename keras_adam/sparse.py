@@ -23,6 +23,8 @@ class Rows(NamedTuple):
 
         Duplicates stay in `indices`; unused `values` are zero. Compiled shapes must be static.
         """
+        if self.slots is not None:
+            return self
         if self.indices.shape[0] == 0:  # which PyTorch cannot sum
             return self._replace(slots=self.indices)
         order = ops.argsort(self.indices)

@@ -168,6 +168,7 @@ class State(optimizer_base()):  # type: ignore[misc]
         if self._parameters:
             self._build_more(new)
         else:
+            self.__dict__["_engine"] = self._engine.to_build()
             chosen = groups.assign(self._selecting_groups(), self._default_group, variables)
             self._create_state(variables, chosen)
         self._reorder(variables)
@@ -204,7 +205,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             (v, group, self._storage_of(v, group))
             for v, group in zip(variables, chosen, strict=True)
         ]
-        self._parameters.create(plans, now)
+        self._parameters.create(plans, self._engine.parts_of(plans), now)
         self._store_numbers()
         self._count_skipped_steps()
 
@@ -258,10 +259,10 @@ class State(optimizer_base()):  # type: ignore[misc]
         own = group.state_dtype
         return self.state_dtype if own == groups.INHERITED else own
 
-    def _add_slot(self, variable, spec: Spec):
+    def _add_slot(self, part, spec: Spec):
         self._spec = spec
         try:
-            return self.add_variable_from_reference(variable, spec.role)
+            return self._engine.slot(self.add_variable_from_reference(part, spec.role), part, spec)
         finally:
             self._spec = None
 

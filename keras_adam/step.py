@@ -3,8 +3,6 @@
 import functools
 from typing import Any, Protocol
 
-from keras import ops
-
 from keras_adam.engines import Engine
 from keras_adam.engines.base import Gradients, Tensor, Variable
 from keras_adam.sparse import Rows, map_values, values_of
@@ -94,8 +92,8 @@ class Step:
             means = self.hooks._clip_gradients(engine.means(accumulators, steps))
             self._update(means[: len(variables)], variables)
             for mean, variable in zip(means[len(variables) :], absent, strict=True):
-                is_left = ops.any(ops.not_equal(mean, 0))
-                engine.when(is_left, functools.partial(self._update, [mean], [variable]))
+                update_one = functools.partial(self._update, [mean], [variable])
+                engine.when(engine.is_left(mean), update_one)
             engine.reset(accumulators)
             self._average()
 

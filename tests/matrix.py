@@ -31,6 +31,7 @@ OLDEST = {
     "numpy": "1.26.4",
     "ml_dtypes": "0.4.1",
     "optax": "0.2.4",
+    "orbax-checkpoint": "0.11.20",
 }
 # By row: the Python, and what is not at the version of constraints.txt: a version, or a commit of the source.
 ROWS: dict[str, tuple[str, dict[str, str]]] = {

@@ -8,6 +8,9 @@ import textwrap
 import keras
 import pytest
 
+from support.processes import finish, start
+from support.steps import KERAS
+
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="other backends have no sharded arrays"
 )
@@ -153,3 +156,36 @@ def test_files_fit_any_number_of_devices(tmp_path):
             for one, other in zip(ends[0].weights, model.weights, strict=True):
                 np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-6)
     """)
+
+
+# `keras.callbacks.OrbaxCheckpoint`: the shards are saved as they lie.
+
+needs_orbax = pytest.mark.skipif(
+    KERAS < (3, 15), reason="Keras restores them onto other devices from 3.15 on"
+)
+
+
+def run_orbax(task, folder, devices):
+    finish([start("orbax_run", [folder, task], devices)], seconds=300)
+
+
+@pytest.fixture(scope="module")
+def saved_by_orbax(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    run_orbax("save", folder, 8)
+    return folder
+
+
+@needs_orbax
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [8, 4, 1])
+def test_orbax_restores_what_eight_devices_saved(devices, saved_by_orbax):
+    """In the middle of an accumulation, to the bit; training goes on; what does not fit is refused by name."""
+    run_orbax("restore", saved_by_orbax, devices)
+
+
+@needs_orbax
+@pytest.mark.long
+def test_keras_passes_over_a_checkpoint_of_another_optimizer(saved_by_orbax):
+    """If this fails, Keras has mended it: the guides need not tell to call `check_state_tree` any more."""
+    run_orbax("silent", saved_by_orbax, 8)

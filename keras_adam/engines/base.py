@@ -16,7 +16,7 @@ from keras import ops
 
 from keras_adam import rule
 from keras_adam.groups import ParamGroup
-from keras_adam.parameters import Joining, Parameter, Parameters
+from keras_adam.parameters import Joining, Parameter, Parameters, Plan
 from keras_adam.paths import path_of
 from keras_adam.sparse import Rows, map_values
 from keras_adam.step_config import StepConfig
@@ -228,6 +228,10 @@ class Engine:
             total = value_of(accumulator) + ops.cast(gradient, accumulator.dtype)
             self.optimizer.assign(accumulator, total)
 
+    def is_left(self, mean: Tensor) -> Tensor:
+        """Whether earlier calls left an accumulator something."""
+        return ops.any(ops.not_equal(mean, 0))
+
     def means(self, accumulators: list[Variable], steps: int) -> list[Tensor]:
         """Return the mean gradients of a number of steps."""
         return [value_of(a) / steps for a in accumulators]
@@ -412,6 +416,18 @@ class Engine:
         """Assign a value to a variable, as the optimizer's `assign` does."""
         variable.assign(value)
 
+    def to_build(self) -> "Engine":
+        """Return the engine for an optimizer that is being built now, on the devices that there are."""
+        return self
+
+    def parts_of(self, plans: list[Plan]) -> list[Any]:
+        """Return what this process updates of new variables: they themselves, or a `Part` of each."""
+        return [variable for variable, _, _ in plans]
+
+    def slot(self, array: Variable, part: Any, spec: Spec) -> Variable:
+        """Return a new state variable as one of a variable, or of a part of it."""
+        return array
+
     def slot_layout(self, layout: Any, shape: tuple[int, ...], spec: Spec) -> Any:
         """Return how an array that is kept of a variable of `layout` and `shape` is spread over devices."""
         return layout
@@ -419,6 +435,13 @@ class Engine:
     def whole(self, variable: Variable) -> np.ndarray:
         """Return the whole value of a state variable as an array of NumPy; this process may hold only a part."""
         return ops.convert_to_numpy(variable)
+
+    def process(self) -> int:
+        """Return the number of this process among those that train together."""
+        return 0
+
+    def wait_for_all(self) -> None:
+        """Wait until all processes that train together are here."""
 
     def built(self) -> None:
         """Take note that the optimizer was built."""

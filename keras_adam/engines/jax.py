@@ -329,6 +329,15 @@ class JaxEngine(Engine):
             return multihost_utils.process_allgather(value, tiled=True)
         return super().whole(variable)
 
+    def process(self) -> int:
+        return jax.process_index()
+
+    def wait_for_all(self) -> None:
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("keras_adam")
+
     # Keras's trainer hands over values without saying whose they are: in the order of its model's variables.
 
     def was_emptied(self) -> bool:

@@ -7,13 +7,14 @@ from typing import Any
 
 import keras
 import torch
+import torch.distributed as dist
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_adam import hyperparameters, rule
 from keras_adam.engines.base import Bucket, Engine, Gradients, StepFunction, Tensor, Variable
 from keras_adam.engines.torch_kernel import FUSED, Tensors, apart, can_fuse
 from keras_adam.groups import NUMERIC, ParamGroup
-from keras_adam.parameters import Joining, Parameter
+from keras_adam.parameters import Joining, Parameter, Plan
 from keras_adam.sparse import Rows
 from keras_adam.step_config import StepConfig
 from keras_adam.storage import Compensated
@@ -38,6 +39,30 @@ class TorchEngine(Engine):
         if _version(iterations._value) == version + 1:
             # The count rose by one step. Reading it from the device would wait for all work in its queue.
             self._remember(iterations, before + 1)
+
+    def to_build(self) -> Engine:
+        if not (self.optimizer.shard_state and _has_group()) or dist.get_world_size() == 1:
+            return self
+        from keras_adam.engines.torch_spread import SpreadEngine  # which imports this module
+
+        return SpreadEngine(self.optimizer, self.parameters, self.trace)
+
+    def parts_of(self, plans: list[Plan]) -> list[Any]:
+        for variable, _, _ in plans:
+            if type(variable._value).__name__ == "DTensor":
+                raise ValueError(
+                    "`variables` must be whole tensors in each process, as Keras makes them, under "
+                    "`keras.distribution.DataParallel` too; `shard_state=True` spreads their state. "
+                    f"Received: '{variable.path}', a DTensor"
+                )
+        return super().parts_of(plans)
+
+    def process(self) -> int:
+        return dist.get_rank() if _has_group() else 0
+
+    def wait_for_all(self) -> None:
+        if _has_group():
+            dist.barrier()
 
     def is_compiling(self) -> bool:
         return torch.compiler.is_compiling()
@@ -220,16 +245,20 @@ class TorchEngine(Engine):
         value.index_copy_(0, indices, rows.to(value.dtype))
 
     def unscale(self, values: list[Tensor]) -> list[Tensor]:
-        return torch._foreach_div(_widened(values), self.config.loss_scale_factor)
+        return torch._foreach_div(widened_all(values), self.config.loss_scale_factor)
 
     def are_finite(self, values: list[Tensor]) -> bool:
         # The only read from the device in a step; PyTorch's own `GradScaler` makes it too.
+        return bool(self.finite(values))
+
+    def finite(self, values: list[Tensor]) -> Tensor:
+        """Return on the device whether no value is infinite or NaN."""
         values = [x for x in values if x.numel() and x.is_floating_point()]
         largest = torch._foreach_norm(values, float("inf")) if values else [torch.zeros(())]
-        return bool(torch.stack(largest).isfinite().all())
+        return torch.stack(largest).isfinite().all()
 
     def clip(self, values: list[Tensor]) -> list[Tensor]:
-        values = _widened(values)
+        values = widened_all(values)
         if len({(x.dtype, x.device) for x in values}) != 1:
             return super().clip(values)
         name, limit = self.config.clipping or ("", 0.0)
@@ -262,7 +291,8 @@ class TorchEngine(Engine):
             averages, values = going_on if started else first
             averages.append(average._value)
             has_lost = isinstance(self.parameters[variable].value.storage, Compensated)
-            values.append(self.read_parameter(variable) if has_lost else variable._value)
+            value = self.parameters[variable].value.arrays[0]
+            values.append(self.read_parameter(variable) if has_lost else value._value)
         if going_on[0]:
             torch._foreach_lerp_(*_alike(*going_on), rule.complement(self.config.ema_momentum))
         if first[0]:  # the first update sets the average
@@ -310,6 +340,10 @@ class TorchEngine(Engine):
                 variable.value.grad.zero_()
 
 
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _tensor_of(variable: Variable) -> Any:
     """Return a variable's value; outside of scopes, without its property, which takes a microsecond."""
     return variable.value if in_stateless_scope() else variable._value
@@ -333,6 +367,7 @@ def _alike(targets, values):
     ]
 
 
-def _widened(values):
+def widened_all(values: list[Any]) -> list[Tensor]:
+    """Return tensors in float32 at least."""
     values = [keras.ops.convert_to_tensor(x) for x in values]
     return [x if x.is_floating_point() and x.dtype.itemsize >= 4 else x.float() for x in values]

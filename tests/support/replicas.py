@@ -1,7 +1,7 @@
-"""Train on one device or on several: `python -m support.replicas ENGINE OUT [RANK ADDRESS]`.
+"""Train on one device or on several: `python -m support.replicas ENGINE OUT [RANK PROCESSES ADDRESS]`.
 
 Writes, for each case, the weights that each replica of this process ended with. The engine "one" is a single device.
-With a rank and the address of the first of two processes, this is one of the two.
+With a rank, this is one of several processes; the address is that of the first.
 """
 
 import contextlib
@@ -154,11 +154,11 @@ def on_tensorflow(strategy, case, in_loop):
     return [[to_numpy(c) for c in replica] for replica in zip(*components, strict=True)]
 
 
-def on_torch(rank, count, case):
+def on_torch(rank, count, case, **more):
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    model = compiled(case)
+    model = compiled(case, **more)
     optimizer, variables = model.optimizer, model.trainable_variables
     optimizer.build(variables)
     parallel = DistributedDataParallel(model) if count > 1 else model
@@ -174,15 +174,15 @@ def on_torch(rank, count, case):
     return [weights(model)]
 
 
-def trainer(engine, rank, address):
+def trainer(engine, rank, processes, address):
     """Return the function that trains a case on this engine."""
     import keras
 
+    layout = engine.removesuffix("+shard_state")
+    more = {"shard_state": True} if engine != layout else {}
     if keras.backend.backend() == "jax":
         if rank is not None:
-            keras.distribution.initialize(address, 2, rank)
-        layout = engine.removesuffix("+shard_state")
-        more = {"shard_state": True} if engine != layout else {}
+            keras.distribution.initialize(address, processes, rank)
         return lambda case: on_jax(jax_distribution(layout), case, **more)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -205,13 +205,13 @@ def trainer(engine, rank, address):
     import torch.distributed
 
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://{address}", rank=rank, world_size=2
+        "gloo", init_method=f"tcp://{address}", rank=rank, world_size=processes
     )
-    return lambda case: on_torch(rank, 2, case)
+    return lambda case: on_torch(rank, processes, case, **more)
 
 
-def main(engine, out, rank=None, address=None):
-    train = trainer(engine, rank, address)
+def main(engine, out, rank=None, processes=1, address=None):
+    train = trainer(engine, rank, processes, address)
     found = {}
     for case in cases_of(engine):
         begin(case)
@@ -222,4 +222,4 @@ def main(engine, out, rank=None, address=None):
 
 if __name__ == "__main__":
     engine, out, *rest = sys.argv[1:]
-    main(engine, out, *(f(x) for f, x in zip((int, str), rest, strict=False)))
+    main(engine, out, *(f(x) for f, x in zip((int, int, str), rest, strict=False)))

@@ -1,0 +1,53 @@
+"""Processes of their own: devices are set up before a framework starts, and each of several speaks to the others."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+
+import keras
+
+
+def environment(devices=1, backend=None):
+    return {
+        **os.environ,
+        "KERAS_BACKEND": backend or keras.backend.backend(),
+        "OMP_NUM_THREADS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+
+
+def free_address():
+    """Return an address with a free port, and another free one above it."""
+    while True:
+        with socket.socket() as first, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            with socket.socket() as second:
+                second.bind(("127.0.0.1", port + 1))
+                return f"127.0.0.1:{port}"
+
+
+def start(module, arguments, devices=1, backend=None):
+    command = [sys.executable, "-m", f"support.{module}", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        env=environment(devices, backend),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(workers, expected=0, seconds=600):
+    """Wait until all have ended, each as expected; end them if it takes longer."""
+    try:
+        outputs = [w.communicate(timeout=seconds)[0].decode() for w in workers]
+    finally:
+        for w in workers:
+            w.kill()
+    for w, output in zip(workers, outputs, strict=True):
+        assert w.returncode == expected, output
