@@ -150,7 +150,7 @@ class Tensors:
         if self.in_pieces or not self.can_fuse:
             return None
         # By memory, which stays while these are current.
-        kinds = [x for x in (self.parameters, self.m, self.v, self.s) if x]
+        kinds = [self.parameters, *(x.arrays for x in self.moments)]
         return [[rule.sample(x.detach().view(-1), x.numel()) for x in of_kind] for of_kind in kinds]
 
     @functools.cached_property
