@@ -17,7 +17,7 @@ def gradients(case: cases.Case) -> list[jax.Array]:
 
 
 def contestants(case: cases.Case, grads) -> dict:
-    step = _eager_step if case.mode == "eager" else _compiled_step
+    step = _eager_step if case.mode == "eager" else keras_step
     found = {
         name: functools.partial(step, case, make, grads)
         for name, make in optimizers.optimizers(case).items()
@@ -41,7 +41,7 @@ def _eager_step(case, make, grads) -> measure.Step:
     return measure.Step(run, lambda: np.array(variables[0].value))
 
 
-def _compiled_step(case, make, grads) -> measure.Step:
+def keras_step(case, make, grads) -> measure.Step:
     variables = optimizers.new_variables(case)
     optimizer = make(variables)
     optimizer.build(variables)

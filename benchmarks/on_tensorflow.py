@@ -24,7 +24,7 @@ def gradients(case: cases.Case) -> list:
 
 def contestants(case: cases.Case, grads) -> dict:
     found = {
-        name: functools.partial(_keras_step, case, make, grads)
+        name: functools.partial(keras_step, case, make, grads)
         for name, make in optimizers.optimizers(case).items()
     }
     if case.work == "step":
@@ -32,7 +32,7 @@ def contestants(case: cases.Case, grads) -> dict:
     return found
 
 
-def _keras_step(case, make, grads) -> measure.Step:
+def keras_step(case, make, grads) -> measure.Step:
     variables = optimizers.new_variables(case)
     optimizer = make(variables)
     optimizer.build(variables)

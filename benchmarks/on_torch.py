@@ -20,7 +20,7 @@ def gradients(case: cases.Case) -> list[torch.Tensor]:
 
 def contestants(case: cases.Case, grads) -> dict:
     found = {
-        name: functools.partial(_keras_step, case, make, grads)
+        name: functools.partial(keras_step, case, make, grads)
         for name, make in optimizers.optimizers(case).items()
     }
     if case.work == "step":
@@ -30,7 +30,7 @@ def contestants(case: cases.Case, grads) -> dict:
 
 
 @torch.no_grad()
-def _keras_step(case, make, grads) -> measure.Step:
+def keras_step(case, make, grads) -> measure.Step:
     variables = optimizers.new_variables(case)
     optimizer = make(variables)
     optimizer.build(variables)

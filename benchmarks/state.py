@@ -67,7 +67,7 @@ def step_of(name: str, case: cases.Case, grads) -> measure.Step:
     dtype, kind, options = CONTESTANTS[name]
     keras.config.set_floatx(dtype)  # of new variables
     module = importlib.import_module(f"on_{BACKEND}")
-    make = module._compiled_step if BACKEND == "jax" else module._keras_step
+    make = module.keras_step
     step = make(case, lambda variables: kind(cases.LEARNING_RATE, **options), grads[dtype])
     keras.config.set_floatx("float32")
     return step._replace(read=None)  # fewer bits do not agree with float32 to its digits

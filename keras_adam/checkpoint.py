@@ -16,8 +16,10 @@ import numpy as np
 from keras_adam.paths import align
 from keras_adam.storage import MOMENTS, SCALE, InBlocks, Storage
 
-# Roles that a file may lack, if it was saved without the option; their arrays then begin at zero.
-MAY_LACK = ("compensation", "skipped_steps")
+# Beginnings of roles that a file may lack, if it was saved without the option; their arrays then begin at zero.
+MAY_LACK = ("compensation", "skipped_steps", "recent_norms", "monitor")
+# Beginnings of roles that are left out of a file where the optimizer is without the option.
+MAY_LEAVE = ("recent_norms", "monitor")
 SIGNED_MOMENT = "momentum"  # the one that may be negative
 
 # How Keras names its other optimizers, if the user does not. A `.weights.h5` file of Keras shows nothing else of the
@@ -235,6 +237,8 @@ def match(
 
     With `by_name`, names decide even if Keras numbered them; such names depend on the session.
     """
+    roles = {e.role for e in entries}
+    saved = [s for s in saved if s.role in roles or not s.role.startswith(MAY_LEAVE)]
     pairs = _match_names(saved, entries, owner, by_name) or _match_positions(saved, entries, owner)
     check(pairs, owner)
     # In another dtype, the compensation has another scale, and the variable was rounded anew: start from zero.
@@ -381,7 +385,7 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str, by_name: 
     # A learning rate that was a number and is a schedule now, or the reverse, loses no moments.
     rate = ("learning_rate", "")
     for name in [*(e[:2] for e in entries), *files]:
-        if name != rate and name not in files and name[0] not in MAY_LACK:
+        if name != rate and name not in files and not name[0].startswith(MAY_LACK):
             raise ValueError(
                 f"Optimizer '{owner}': the saved state lacks {_label(*name)}. No state was loaded."
             )
@@ -393,7 +397,7 @@ def _match_names(saved: list[Saved], entries: list[Entry], owner: str, by_name: 
     return [
         (entry, files[entry[:2]] if entry[:2] in files else _zeros(entry))
         for entry in entries
-        if entry[:2] in files or entry.role in MAY_LACK
+        if entry[:2] in files or entry.role.startswith(MAY_LACK)
     ]
 
 
@@ -403,9 +407,12 @@ def _zeros(entry: Entry) -> Saved:
 
 def _match_positions(saved: list[Saved], entries: list[Entry], owner: str):
     lacking: list[tuple[Entry, Saved]] = []
-    if not any(s.role in MAY_LACK for s in saved) and len(saved) < len(entries):
-        lacking = [(entry, _zeros(entry)) for entry in entries if entry.role in MAY_LACK]
-        entries = [entry for entry in entries if entry.role not in MAY_LACK]
+    if len(saved) < len(entries):
+        told = {s.role for s in saved}
+        without = [e for e in entries if e.role.startswith(MAY_LACK) and e.role not in told]
+        lacking = [(entry, _zeros(entry)) for entry in without]
+        left = set(map(id, without))
+        entries = [entry for entry in entries if id(entry) not in left]
     # Only the learning rate can be a scalar at index 1. It is there unless it was a schedule, so that a file may have
     # one array more or less.
     has_rate = any(entry.role == "learning_rate" for entry in entries)

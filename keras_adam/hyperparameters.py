@@ -25,6 +25,7 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "clipvalue": (">= 0 and finite", lambda x: x >= 0),
     "global_clipnorm": (">= 0 and finite", lambda x: x >= 0),
     "loss_scale_factor": ("> 0 and finite", lambda x: bool(np.float32(x) > 0)),
+    "skip_spikes": ("> 0 and finite", lambda x: x > 0),
     "ema_momentum": ("in [0, 1]", lambda x: 0 <= x <= 1),
 }
 

@@ -215,6 +215,10 @@ class Loading:
         optimizer._parameters.reset()
         if optimizer.skipped_steps is not None:
             optimizer.skipped_steps.assign(0)
+        if optimizer._recent_norms is not None:
+            optimizer._recent_norms.assign(ops.zeros_like(optimizer._recent_norms))
+        if optimizer._monitor is not None:
+            optimizer._monitor.reset()
         self.set_joined(updates)
 
     def _assign(self, pairs) -> None:
@@ -253,7 +257,7 @@ class Loading:
     def _added(self) -> set[str]:
         """Return the roles of the scalars that stay where they were added."""
         starts = range(len(self._optimizer._parameters.joinings))
-        return {"skipped_steps", *(f"{_OF_LATE_VARIABLES}_{i}" for i in starts)}
+        return {"skipped_steps", "recent_norms", *(f"{_OF_LATE_VARIABLES}_{i}" for i in starts)}
 
     def _described(self) -> list[Entry]:
         """Describe each state variable that is known here; those that `build` makes come first, in its order."""
@@ -278,6 +282,11 @@ class Loading:
             described.append(Entry(role, "", group.stored))
         if optimizer.skipped_steps is not None:
             described.append(Entry("skipped_steps", "", optimizer.skipped_steps))
+        if optimizer._recent_norms is not None:
+            described.append(Entry("recent_norms", "", optimizer._recent_norms))
+        if optimizer._monitor is not None:
+            named = optimizer._monitor.described(optimizer._groups)
+            described += [Entry(role, "", variable) for role, variable in named]
         described += [
             Entry(f"{_OF_LATE_VARIABLES}_{i}", "", joining.update)
             for i, joining in enumerate(parameters.joinings)

@@ -85,6 +85,11 @@ class Parameter:
         return bool(joined < now)
 
     @property
+    def here(self) -> Any:
+        """What this process updates: the variable, or a part of it."""
+        return self.value.arrays[0]
+
+    @property
     def updated(self) -> list[Slot]:
         """The slots that a step changes: the value and the existing moments, in the order of `rule.Moments`."""
         slots = (self.value, self.momentum, self.velocity, self.velocity_hat)

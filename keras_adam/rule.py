@@ -9,9 +9,12 @@ Hutter 2019 (https://arxiv.org/abs/1711.05101), Algorithm 2; Reddi, Kale & Kumar
 (https://arxiv.org/abs/1904.09237), Algorithm 2.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_adam.bits import greatest, root, view, with_derivative_of
@@ -140,8 +143,13 @@ def adam_step(
     v = _average(v, g * g, scalars.rate_2)
     if options.amsgrad:
         s = maximum(s, v / scalars.correction_2 if options.amsgrad == "corrected" else v)
-    p = p - scalars.step_size * m / (root(s if options.amsgrad else v) + scalars.epsilon)
-    return p, Moments(m, v, s)
+    moments = Moments(m, v, s)
+    return p - _step(moments, scalars, options), moments
+
+
+def _step(moments: Moments, scalars: Scalars, options: Options) -> Tensor:
+    m, v, s = moments
+    return scalars.step_size * m / (root(s if options.amsgrad else v) + scalars.epsilon)
 
 
 # Half precision: a parameter of 8 or 11 bits is kept with a second number, which is what rounding took from it.
@@ -268,6 +276,77 @@ def norm(values: list[Tensor]) -> Tensor:
     squares = [ops.sum(ops.square(x)) for x in values]
     wide = any(compute_dtype(x.dtype) == "float64" for x in squares)
     return root(sum(ops.cast(x, "float64" if wide else "float32") for x in squares))
+
+
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Return a ratio; 0 where the whole is 0."""
+    return part / where(whole > 0, whole, ops.ones_like(whole))
+
+
+def moved(p: Tensor, moments: Moments, scalars: Scalars, options: Options) -> Tensor:
+    """Return what the step that led to this parameter and these moments added to it."""
+    step = _step(moments, scalars, options)
+    if scalars.decay is None or not options.decoupled_weight_decay:
+        return -step
+    return p - (p + step) / (1 - scalars.decay)
+
+
+# Of a variable, at most so many elements are looked at to tell how far it moved.
+SAMPLE = 512
+
+
+@functools.cache
+def stride(size: int) -> int:
+    """Return the distance between the elements of a sample of `size`.
+
+    It has no divisor in common with `size`, and so with no axis: else a sample could be one column of a matrix.
+    """
+    distance = max(1, -(-size // SAMPLE))
+    while distance > 1 and math.gcd(distance, size) > 1:
+        distance += 1
+    return distance
+
+
+def sample(x: Tensor, size: int) -> Tensor:
+    """Return at most `SAMPLE` elements of a vector of `size`, spread evenly."""
+    distance = stride(size)
+    return x if distance == 1 else x[::distance]
+
+
+def weights_of_samples(sizes: list[int]) -> Any:
+    """Return by what to multiply each element of the samples of such variables, so that their squares stand for all."""
+    counts = [-(-size // stride(size)) for size in sizes]
+    weights = [(size / max(1, count)) ** 0.5 for size, count in zip(sizes, counts, strict=True)]
+    if len(set(weights)) == 1:
+        return weights[0]
+    return np.repeat(np.array(weights, "float32"), counts)
+
+
+# Spikes: a window holds the norms of the last so many steps, the newest last, and 0 for each that was skipped.
+
+WINDOW = 128
+_FEWEST = WINDOW // 2  # with fewer norms than this, none is too large
+_SPREAD = 0.01  # of the mean: the least deviation that is assumed, as norms that are all alike would bar any other
+
+
+def is_no_spike(norm: Tensor, window: Tensor, deviations: float) -> Tensor:
+    """Whether a norm is finite, and not more than so many standard deviations above the mean of the window.
+
+    Source: `SkipStepOptimizer` of OLMo-core, which Levanter's `skipstep` and MaxText's `skip_step_on_spikes` follow.
+    """
+    known = ops.cast(window > 0, "float32")
+    count = ops.sum(known)
+    mean = ops.sum(window) / maximum(ops.ones_like(count), count)
+    variance = ops.sum(known * ops.square(window - mean)) / maximum(ops.ones_like(count), count - 1)
+    deviation = maximum(_SPREAD * mean, root(variance))
+    is_low = ops.logical_or(count < _FEWEST, norm <= mean + deviations * deviation)
+    return ops.logical_and(ops.isfinite(norm), is_low)
+
+
+def window_after(window: Tensor, norm: Tensor, is_taken: Tensor) -> Tensor:
+    """Return the window after a step of this norm, which was taken or skipped."""
+    newest = where(is_taken, norm, ops.zeros_like(norm))
+    return ops.concatenate([window[1:], ops.reshape(newest, (1,))])
 
 
 def clipped_to_norm(g: Tensor, norm: Tensor, limit: Tensor) -> Tensor:

@@ -93,6 +93,17 @@ def one_of(*choices: Any) -> Callable[[str, Any], Any]:
     return lambda name, value: hyperparameters.check_choice(name, value, choices)
 
 
+def interval(default: int) -> Callable[[str, Any], int]:
+    """Return a check that a value is a whole number of at least 0; True is `default`, and False is 0."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool):
+            return default if value else 0
+        return hyperparameters.check_count(name, value, 0) or 0
+
+    return check
+
+
 def count(minimum: int) -> Callable[[str, Any], int | None]:
     """Return a check that a value is None or a whole number of at least `minimum`."""
     return lambda name, value: hyperparameters.check_count(name, value, minimum)

@@ -6,11 +6,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_adam import groups, keras_private, selection, storage
+from keras_adam import groups, keras_private, rule, selection, storage
 from keras_adam.engines import Engine, engine_class, optimizer_base
 from keras_adam.group_view import GroupViews, ParamGroups
 from keras_adam.groups import ParamGroup
 from keras_adam.loading import Loading
+from keras_adam.monitor import Monitor, Reading
 from keras_adam.parameters import Parameters
 from keras_adam.paths import path_of
 from keras_adam.storage import Spec, Storage
@@ -56,9 +57,13 @@ class State(optimizer_base()):  # type: ignore[misc]
     state_dtype: str | None
     kahan_sum: bool | None
     skip_nonfinite: bool
+    skip_spikes: float | None
+    monitor: int
     shard_state: bool
     _skipped_steps: Any
     _spec: Spec | None  # of the array that is being made, if it is kept for a variable
+    _recent_norms: Any  # the window by which spikes are known
+    _monitor: Monitor | None
 
     def _init_groups(self, numeric, options, param_groups) -> None:
         """Set up what Keras's constructor does not know, before it runs."""
@@ -73,6 +78,7 @@ class State(optimizer_base()):  # type: ignore[misc]
             _trace=Trace(),
             _verified_lists=set(),  # lists of variables, by identity, without unknown ones and duplicates
             _spec=None,
+            _monitor=None,
         )
         self.__dict__["_engine"] = _ENGINE(self, self._parameters, self._trace)
         if param_groups is not None and not isinstance(param_groups, list | tuple):
@@ -207,7 +213,8 @@ class State(optimizer_base()):  # type: ignore[misc]
         ]
         self._parameters.create(plans, self._engine.parts_of(plans), now)
         self._store_numbers()
-        self._count_skipped_steps()
+        self._prepare_skipping()
+        self._prepare_monitor()
 
     def _show_keras(self) -> None:
         """Set the attributes that Keras reads, derived from the records."""
@@ -224,17 +231,70 @@ class State(optimizer_base()):  # type: ignore[misc]
             {self._var_key(v): i for i, v in enumerate(self._parameters.variables)}
         )
 
-    def _count_skipped_steps(self) -> None:
-        """Add the count of skipped steps, if steps may be skipped."""
-        if self.skip_nonfinite and self._parameters and self._skipped_steps is None:
-            self._skipped_steps = self.add_variable(
-                (), "zeros", dtype="int", aggregation="only_first_replica", name="skipped_steps"
-            )
+    def _prepare_skipping(self) -> None:
+        """Add the count of skipped steps, if steps may be skipped, and the window by which spikes are known."""
+        if not self._parameters:
+            return
+        finds_spikes = self.skip_spikes is not None
+        if (self.skip_nonfinite or finds_spikes) and self._skipped_steps is None:
+            self._skipped_steps = self._add_scalar("skipped_steps", "int")
+        if finds_spikes and self._recent_norms is None:
+            self._recent_norms = self._add_scalar("recent_norms", "float32", (rule.WINDOW,))
+
+    def _prepare_monitor(self) -> None:
+        """Add what is measured, of new groups too."""
+        if not self.monitor:
+            return
+        monitor = self._monitor or Monitor(self.monitor, self._add_scalar)
+        self.__dict__["_monitor"] = monitor
+        monitor.include(self._groups)
+        for role, variable in monitor.described(self._groups):
+            self._engine.track(variable, role)
+
+    def _add_scalar(self, name: str, dtype: str, shape: tuple[int, ...] = ()):
+        return self.add_variable(
+            shape, "zeros", dtype=dtype, aggregation="only_first_replica", name=name
+        )
 
     @property
     def skipped_steps(self):
-        """The number of steps that `skip_nonfinite` skipped, a scalar variable; None before `build` and without it."""
+        """The number of steps that `skip_nonfinite` and `skip_spikes` skipped, a scalar variable.
+
+        None before `build`, and without these options.
+        """
         return self._skipped_steps
+
+    def monitored(self) -> dict[str, float]:
+        """Return what `monitor` measured since the last call, and begin anew; NaN where nothing was measured.
+
+        Returns:
+            A dictionary with `grad_norm` and `grad_norm_max`, mean and maximum of the norm of all gradients together,
+            before clipping; `clipped` and `skipped`, the shares of the steps that were; and `update_ratio`, the mean
+            rms of a step over the rms of the weights. With several groups there is `update_ratio/0` and so on instead,
+            numbered as in `param_groups`.
+
+        Raises:
+            ValueError: If `monitor` is False, or the optimizer is not built.
+
+        Examples:
+            >>> import keras, keras_adam
+            >>> weight = keras.Variable([1.0, -2.0])
+            >>> optimizer = keras_adam.Adam(learning_rate=0.1, monitor=1)
+            >>> optimizer.apply([keras.ops.array([3.0, -4.0])], [weight])
+            >>> optimizer.monitored()["grad_norm"]
+            5.0
+        """
+        return self._read_monitor().shown()
+
+    def _read_monitor(self) -> Reading:
+        if self._monitor is None:
+            raise ValueError(
+                "`monitored()` needs an optimizer that is built, with `monitor=True`. "
+                f"Received: monitor={self.monitor}, built={self.built}"
+            )
+        skipped = 0 if self._skipped_steps is None else int(self._skipped_steps.numpy())
+        calls = int(self._iterations.numpy()) + skipped
+        return self._monitor.read(self._groups, calls, skipped)
 
     def _storage_of(self, variable, group: ParamGroup) -> dict[str, Storage]:
         """Return the storage of each kind of state that a variable of the group has."""

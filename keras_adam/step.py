@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from keras_adam.engines import Engine
 from keras_adam.engines.base import Gradients, Tensor, Variable
+from keras_adam.monitor import Monitor, is_no_spike
 from keras_adam.sparse import Rows, map_values, values_of
 from keras_adam.step_config import StepConfig
 
@@ -14,6 +15,8 @@ class StepHooks(Protocol):
 
     learning_rate: Any
     _trainable_variables: list[Variable]
+    _monitor: Monitor | None
+    _recent_norms: Any
 
     def _filter_empty_gradients(self, grads: Gradients, vars: list[Variable]) -> Any: ...
     def _overwrite_variables_directly_with_gradients(
@@ -34,8 +37,8 @@ class StepHooks(Protocol):
 class Step:
     """One call of `apply`.
 
-    Unscale by the loss scale; sum over replicas; check finiteness; accumulate; clip; decay and Adam; constraints;
-    averages; count. Constraints and averages act only when an update happens.
+    Unscale by the loss scale; sum over replicas; check finiteness or spikes; accumulate; clip; decay and Adam;
+    constraints; measure; averages; count. Constraints and averages act only when an update happens.
     """
 
     def __init__(self, hooks: StepHooks, engine: Engine, config: StepConfig, lazy: bool):
@@ -62,12 +65,23 @@ class Step:
             # A variable that is overwritten with its gradient has no update.
             absent = [v for v in absent if engine.parameters[v].momentum is not None]
             act = functools.partial(self._act, grads, variables, absent)
-            if config.skip_nonfinite:
-                is_done = engine.are_finite(values_of(grads))
+            if config.may_skip:
+                is_done = self._is_good(values_of(grads))
                 engine.when(is_done, act)
             else:
                 act()
         engine.count(is_done)
+
+    def _is_good(self, values: list[Tensor]) -> Tensor:
+        deviations = self.config.skip_spikes
+        if deviations is None:
+            return self.engine.are_finite(values)
+        return is_no_spike(self.engine, values, self.hooks._recent_norms, deviations)
+
+    def _measure(self, grads: Gradients, variables: list[Variable]) -> None:
+        if self.hooks._monitor is not None:
+            rate = self.hooks.learning_rate
+            self.hooks._monitor.measure(self.engine, grads, variables, rate)
 
     def _act(self, grads: Gradients, variables: list[Variable], absent: list[Variable]) -> None:
         self.engine.begin_again()
@@ -75,6 +89,7 @@ class Step:
             self._accumulate(grads, variables, absent)
         else:
             self._update(self.hooks._clip_gradients(grads), variables)
+            self._measure(grads, variables)
             self._average()
 
     def _accumulate(
@@ -89,11 +104,13 @@ class Step:
         engine.accumulate(accumulators[: len(grads)], grads)
 
         def update() -> None:
-            means = self.hooks._clip_gradients(engine.means(accumulators, steps))
-            self._update(means[: len(variables)], variables)
-            for mean, variable in zip(means[len(variables) :], absent, strict=True):
+            means = engine.means(accumulators, steps)
+            clipped = self.hooks._clip_gradients(means)
+            self._update(clipped[: len(variables)], variables)
+            for mean, variable in zip(clipped[len(variables) :], absent, strict=True):
                 update_one = functools.partial(self._update, [mean], [variable])
                 engine.when(engine.is_left(mean), update_one)
+            self._measure(means, [*variables, *absent])
             engine.reset(accumulators)
             self._average()
 

@@ -18,6 +18,8 @@ class StepConfig:
     ema_overwrite_frequency: int | None = None
     gradient_accumulation_steps: int | None = None
     skip_nonfinite: bool = False
+    skip_spikes: float | None = None
+    monitor: int = 0
     lazy: bool = False
 
     @classmethod
@@ -35,7 +37,12 @@ class StepConfig:
     def only_updates(self) -> bool:
         """Whether a step is nothing but the update of each variable."""
         more = self.loss_scale_factor, self.use_ema, self.gradient_accumulation_steps
-        return self.clipping is None and not (self.skip_nonfinite or any(more))
+        return self.clipping is None and not (self.may_skip or any(more))
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step may be skipped."""
+        return self.skip_nonfinite or self.skip_spikes is not None
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers that a compiled step may take as arguments; one that is None or 0 is a constant."""

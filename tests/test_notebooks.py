@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 STORED = sorted(FOLDER.glob("*.ipynb"))
 # Each takes half a minute, so that none runs under all; together they meet each backend.
 RUN = {
-    "jax": ["1_quick_start", "4_amsgrad"],
+    "jax": ["1_quick_start", "4_amsgrad", "7_training_goes_wrong"],
     "tensorflow": ["2_from_pytorch", "5_half_precision"],
     "torch": ["3_parameter_groups", "6_speed"],
 }

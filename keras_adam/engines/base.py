@@ -6,6 +6,7 @@ fast path is tested against this one.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -119,6 +120,10 @@ class Engine:
         if condition:
             act()
 
+    def choose(self, condition: Tensor, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+        """Return what `one` returns if `condition` holds in this step, else what `other` does: tuples of tensors."""
+        return one() if condition else other()
+
     # Counting
 
     def count(self, is_done: Tensor) -> None:
@@ -142,6 +147,10 @@ class Engine:
     def is_last_update(self, every: int) -> Tensor:
         """Whether this update is the last of `every` updates."""
         return self.updates() % every == every - 1
+
+    def is_first_update(self, every: int) -> Tensor:
+        """Whether this update is the first of `every` updates."""
+        return self.updates() % every == 0
 
     def has_started(self, joined: Joining | None) -> Tensor:
         """Whether variables of this joining had an update before."""
@@ -208,6 +217,18 @@ class Engine:
     def are_finite(self, values: list[Tensor]) -> Tensor:
         """Whether no value is infinite or NaN."""
         return ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in values]))
+
+    def norms(self, values: list[Tensor]) -> Tensor:
+        """Return the norm of each gradient, as one vector."""
+        return ops.stack([rule.norm([widened(x)]) for x in values])
+
+    def is_any_above(self, values: list[Tensor], limit: Tensor) -> Tensor:
+        """Whether an element of a gradient is larger than `limit`."""
+        return ops.any(ops.stack([ops.any(ops.absolute(x) > limit) for x in values]))
+
+    def has_no_spike(self, norm: Tensor, window: Tensor, deviations: float) -> Tensor:
+        """Return what `rule.is_no_spike` does."""
+        return rule.is_no_spike(norm, window, deviations)
 
     def clip(self, values: list[Tensor]) -> list[Tensor]:
         """Return gradients clipped as `config` says. Norms are float32: the square of 256 is infinite in float16."""
@@ -332,6 +353,16 @@ class Engine:
             if variable.constraint is not None:
                 whole = self.read_parameter(variable)
                 self.write_parameter(variable, variable.constraint(whole))
+
+    def samples(self, bucket: Bucket) -> list[Tensor]:
+        """Return elements of the variables, and of their moments, as `rule.sample` chooses them, each in one vector."""
+        dtype = compute_dtype(bucket.dtype)
+        kept: list[list[Tensor]] = []
+        for parameter in bucket.parameters:
+            size = math.prod(parameter.here.shape)
+            flat = [ops.reshape(slot.read(value_of, dtype), (-1,)) for slot in parameter.updated]
+            kept.append([rule.sample(x, size) for x in flat])
+        return [ops.concatenate(of_kind) for of_kind in zip(*kept, strict=True)]
 
     def take_rows(self, indices: Tensor, variable: Variable) -> Tensor:
         """Return some rows of a variable."""

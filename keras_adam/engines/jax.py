@@ -204,6 +204,11 @@ class JaxEngine(Engine):
             is_spread = self.optimizer.shard_state
             variable.assign(_laid_out_like(variable, value) if is_spread else value)
 
+    def choose(self, condition: Tensor, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+        if isinstance(condition, jax.core.Tracer):
+            return jax.lax.cond(condition, one, other)
+        return super().choose(condition, one, other)
+
     def reset(self, accumulators: list[Variable]) -> None:
         if self._is_taken is None:
             super().reset(accumulators)

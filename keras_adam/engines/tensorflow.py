@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.framework.attr_value_pb2 import AttrValue
 
 from keras_adam import hyperparameters, rule, storage
 from keras_adam.engines.base import Bucket, Engine, Gradients, StepFunction, Tensor, Variable
@@ -46,6 +47,15 @@ class TensorFlowEngine(Engine):
             return tf.no_op()
 
         tf.cond(condition, run, tf.no_op)
+
+    def choose(self, condition: Tensor, one: Callable[[], Any], other: Callable[[], Any]) -> Any:
+        results = tf.cond(condition, one, other)
+        if not tf.executing_eagerly():
+            # TensorFlow would put a switch before each of its hundreds of inputs, which take their time in each step.
+            op = results[0].op
+            op = op.inputs[0].op if op.type == "Identity" else op
+            op._set_attr("_lower_using_switch_merge", AttrValue(b=False))
+        return results
 
     def count(self, is_done: Tensor) -> None:
         if is_done is True:

@@ -88,6 +88,9 @@ class TorchEngine(Engine):
     def is_last_update(self, every: int) -> bool:
         return (self._updates() + 1) % every == 0
 
+    def is_first_update(self, every: int) -> bool:
+        return self._updates() % every == 0
+
     def has_started(self, joined: Joining | None) -> bool:
         return self._updates() != (0 if joined is None else self._read(joined.update))
 
@@ -256,6 +259,23 @@ class TorchEngine(Engine):
         values = [x for x in values if x.numel() and x.is_floating_point()]
         largest = torch._foreach_norm(values, float("inf")) if values else [torch.zeros(())]
         return torch.stack(largest).isfinite().all()
+
+    def norms(self, values: list[Tensor]) -> Tensor:
+        norms = torch._foreach_norm(widened_all(values))
+        if len({(x.dtype, x.device) for x in norms}) > 1:
+            norms = [x.to(norms[0].device, torch.float32) for x in norms]
+        return torch.stack(norms)
+
+    def has_no_spike(self, norm: Tensor, window: Tensor, deviations: float) -> bool:
+        return bool(super().has_no_spike(norm, window, deviations))  # read from the device
+
+    def samples(self, bucket: Bucket) -> list[Tensor]:
+        if self._is_stateless() or self.is_compiling():
+            return super().samples(bucket)
+        views = bucket.memory.samples
+        if views is None:
+            return super().samples(bucket)
+        return [torch.cat(of_kind) for of_kind in views]
 
     def clip(self, values: list[Tensor]) -> list[Tensor]:
         values = widened_all(values)

@@ -146,6 +146,15 @@ class Tensors:
                 x.write(dither)
 
     @functools.cached_property
+    def samples(self) -> list[list[Any]] | None:
+        """Return elements of the variables, and of their moments, as `rule.sample` chooses them; None if in pieces."""
+        if self.in_pieces or not self.can_fuse:
+            return None
+        # By memory, which stays while these are current.
+        kinds = [self.parameters, *(x.arrays for x in self.moments)]
+        return [[rule.sample(x.detach().view(-1), x.numel()) for x in of_kind] for of_kind in kinds]
+
+    @functools.cached_property
     def _pieces(self) -> list[list[tuple[int, slice]]]:
         """Return, by piece, which tensors are in it, and which of their elements."""
         pieces: list[list[tuple[int, slice]]] = []

@@ -156,18 +156,25 @@ class SpreadEngine(TorchEngine):
         dist.all_reduce(number, how)
         return number
 
-    def clip(self, values: list[Tensor]) -> list[Tensor]:
+    def norms(self, values: list[Tensor]) -> Tensor:
         values = widened_all(values)
-        name, limit = self.config.clipping or ("", 0.0)
-        if name == "clipvalue":
-            return [rule.clipped(x, limit) for x in values]
         wide = max((x.dtype for x in values), key=lambda dtype: dtype.itemsize)
         # Of each process its norms in a row of its own, so that all compute the same bits from them.
         norms = torch.zeros(self.processes, len(values), dtype=wide, device=values[0].device)
         for i, x in enumerate(values):
             norms[self.rank, i] = torch.linalg.vector_norm(x)
         dist.all_reduce(norms)
-        whole = torch.linalg.vector_norm(norms, dim=0)
+        return torch.linalg.vector_norm(norms, dim=0)
+
+    def is_any_above(self, values: list[Tensor], limit: Tensor) -> Tensor:
+        return self._agreed(super().is_any_above(values, limit), dist.ReduceOp.MAX)
+
+    def clip(self, values: list[Tensor]) -> list[Tensor]:
+        values = widened_all(values)
+        name, limit = self.config.clipping or ("", 0.0)
+        if name == "clipvalue":
+            return [rule.clipped(x, limit) for x in values]
+        whole = self.norms(values)
         if name == "global_clipnorm":
             whole = torch.linalg.vector_norm(whole).expand(len(values))
         factors = (limit / whole).clamp_(max=1.0)

@@ -26,7 +26,14 @@ CASES = {
     "8bit": {"state_dtype": "8bit"},
     "skip_nonfinite": {"skip_nonfinite": True},
     "late": {"skip_nonfinite": True},
+    "monitor": {
+        "monitor": 1,
+        "skip_spikes": 6.0,
+        "global_clipnorm": 0.5,
+        "param_groups": [{"params": ".*/bias", "learning_rate_multiplier": 0.1}],
+    },
 }
+OPTIMIZERS = []  # of the models, in their order
 STEPS, BATCH = 16, 16
 
 
@@ -60,6 +67,7 @@ def compiled(case, **more):
         ]
     )
     optimizer = keras_adam.Adam(0.01, **CASES[case], **more)
+    OPTIMIZERS.append(optimizer)
     if case == "late":  # and the count is set back to before that
         optimizer.build(model.layers[1].trainable_variables)
         optimizer.iterations.assign(9)
@@ -215,7 +223,11 @@ def main(engine, out, rank=None, processes=1, address=None):
     found = {}
     for case in cases_of(engine):
         begin(case)
-        for i, replica in enumerate(train(case)):
+        replicas = train(case)
+        if case == "monitor":
+            measured = np.array([*OPTIMIZERS[-1].monitored().values()])
+            replicas = [[*replica, measured] for replica in replicas]
+        for i, replica in enumerate(replicas):
             found |= {f"{case}/{i}/{j}": array for j, array in enumerate(replica)}
     np.savez(out, **found)
 
