@@ -37,6 +37,11 @@ CASES = {
     "late": ({"use_ema": True} | PLAIN, "float32"),
     "constraint": ({"clipnorm": 0.5}, "float32"),
     "nonfinite": ({"skip_nonfinite": True, "gradient_accumulation_steps": 2}, "float32"),
+    "monitor": ({"monitor": 1, "skip_spikes": 6.0, "clipvalue": 0.5} | PLAIN, "float32"),
+    "monitor, groups": (
+        {"monitor": 2, "global_clipnorm": 0.5, "param_groups": [{"params": "bias"}]} | PLAIN,
+        "float32",
+    ),
     "lazy": ({"lazy": True, "global_clipnorm": 0.5} | PLAIN, "float32"),
     "moments in bfloat16": ({"state_dtype": "bfloat16", "amsgrad": True} | PLAIN, "float32"),
     "8bit": ({"state_dtype": "8bit", "amsgrad": True, "use_ema": True} | PLAIN, "float32"),
@@ -114,8 +119,8 @@ def options(folder, rank, processes):
         for of_one in of_all:
             for got, first in zip(of_one, of_all[0], strict=True):
                 np.testing.assert_array_equal(got, first, err_msg=case)
-        # Each joining is cut for itself, and blocks of rows are not cut.
-        if case not in ("late", "8bit, lazy"):
+        # Each joining is cut for itself; blocks of rows and the norms of recent steps are not cut.
+        if case not in ("late", "8bit, lazy", "monitor"):
             held = sum(
                 v.value.nbytes for v in spread.variables if v.shape and "hyper" not in v.path
             )
