@@ -124,7 +124,7 @@ def report() -> None:
             1, 2, figsize=(8.4, 3.2), facecolor=theme["ground"], layout="constrained"
         )
         first = np.array(runs["float32, seed 0"]["validation_loss"])
-        for kind, run in runs.items():
+        for kind, run in reversed(runs.items()):  # float32, below the others
             look = {"color": theme["grid"], "lw": 5} if kind.startswith("float32") else {}
             look = look or {"color": theme["ours"], "lw": 1.5}
             label = f"{kind.split(',')[0].replace('8bit', '8 bits')}: {run['state_bytes'] / 1e6:.1f} MB of state"
