@@ -50,11 +50,6 @@ def contestants(steps: int) -> dict:
 
     found = {
         FLOAT32: ("float32", lambda: keras_adam.Adam(rate())),
-        OURS_16: ("bfloat16", lambda: keras_adam.Adam(rate())),
-        "keras_adam, bfloat16, moments too": (
-            "bfloat16",
-            lambda: keras_adam.Adam(rate(), state_dtype="bfloat16"),
-        ),
         "keras_adam, float32, moments in bfloat16": (
             "float32",
             lambda: keras_adam.Adam(rate(), state_dtype="bfloat16"),
@@ -63,16 +58,21 @@ def contestants(steps: int) -> dict:
             "float32",
             lambda: keras_adam.Adam(rate(), state_dtype="8bit"),
         ),
+        OURS_16: ("bfloat16", lambda: keras_adam.Adam(rate())),
+        "keras_adam, bfloat16, moments too": (
+            "bfloat16",
+            lambda: keras_adam.Adam(rate(), state_dtype="bfloat16"),
+        ),
         "keras_adam, bfloat16, moments in 8 bits": (
             "bfloat16",
             lambda: keras_adam.Adam(rate(), state_dtype="8bit"),
         ),
-        LINEAR: ("float32", lambda: _LinearVelocity(rate())),
         "keras_adam, bfloat16, kahan_sum=False": (
             "bfloat16",
             lambda: keras_adam.Adam(rate(), kahan_sum=False),
         ),
         "keras_adam, float16": ("float16", lambda: keras_adam.Adam(rate(), **SCALE)),
+        LINEAR: ("float32", lambda: LinearVelocity(rate())),
         "keras.optimizers.Adam, float32": ("float32", lambda: keras.optimizers.Adam(rate())),
         "keras.optimizers.Adam, bfloat16": ("bfloat16", lambda: keras.optimizers.Adam(rate())),
         "keras.optimizers.Adam, float16": (
@@ -129,7 +129,7 @@ def _of_torch() -> dict:
     return found
 
 
-class _LinearVelocity(keras_adam.Adam):
+class LinearVelocity(keras_adam.Adam):
     """Rounds the second moments after each step as 8-bit whole numbers, relative to the largest of a block, would."""
 
     def apply(self, grads, trainable_variables=None):
