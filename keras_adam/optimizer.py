@@ -108,11 +108,11 @@ class Adam(TorchVocabulary, KerasVocabulary):
             `optimizer.skipped_steps`. With `gradient_accumulation_steps`, only that call's gradients are left out. On
             PyTorch this reads one number per step from the device. Defaults to `False`.
         skip_spikes: Number of standard deviations: a step is skipped, as by `skip_nonfinite`, which this includes, if
-            the norm of its gradients, all together and before clipping, lies more than that above the mean. Mean and
-            deviation are those of the steps among the last 128 that were not skipped. With fewer than 64 of them no
-            norm is too large, so that one that stays high is taken after some time; the deviation counts as at least
-            1 % of the mean. With `gradient_accumulation_steps` each call counts. OLMo-core, Levanter and MaxText use
-            `6.0`. Defaults to `None`: no step is skipped for its norm.
+            the norm of its gradients, all together and before clipping, lies more than that above the mean, and is
+            more than three times the largest. Mean, deviation and largest are those of the steps among the last 128
+            that were not skipped. With fewer than 64 of them no norm is too large, so that one that stays high is
+            taken after some time. With `gradient_accumulation_steps` each call counts. OLMo-core, Levanter and
+            MaxText use `6.0`. Defaults to `None`: no step is skipped for its norm.
         lazy: Whether a sparse gradient (TensorFlow's `IndexedSlices`, as an embedding has it; JAX's `BCOO`; PyTorch's
             sparse tensors) updates only the rows that it touches, as `torch.optim.SparseAdam` does: the moments of the
             others do not decay, and weight decay leaves them alone. Not with `gradient_accumulation_steps`. Defaults

@@ -326,20 +326,24 @@ def weights_of_samples(sizes: list[int]) -> Any:
 
 WINDOW = 128
 _FEWEST = WINDOW // 2  # with fewer norms than this, none is too large
-_SPREAD = 0.01  # of the mean: the least deviation that is assumed, as norms that are all alike would bar any other
+_BEYOND = 3  # times the largest norm of the window: what is smaller was as good as seen before, and is no spike
 
 
 def is_no_spike(norm: Tensor, window: Tensor, deviations: float) -> Tensor:
-    """Whether a norm is finite, and not more than so many standard deviations above the mean of the window.
+    """Whether a norm is finite, and not far above those of the window.
 
-    Source: `SkipStepOptimizer` of OLMo-core, which Levanter's `skipstep` and MaxText's `skip_step_on_spikes` follow.
+    Far above is more than so many standard deviations above their mean, and more than three times the largest of them.
+
+    Source: `SkipStepOptimizer` of OLMo-core, which Levanter's `skipstep` and MaxText's `skip_step_on_spikes` follow;
+    they have the first condition alone.
     """
     known = ops.cast(window > 0, "float32")
     count = ops.sum(known)
-    mean = ops.sum(window) / maximum(ops.ones_like(count), count)
-    variance = ops.sum(known * ops.square(window - mean)) / maximum(ops.ones_like(count), count - 1)
-    deviation = maximum(_SPREAD * mean, root(variance))
-    is_low = ops.logical_or(count < _FEWEST, norm <= mean + deviations * deviation)
+    one = ops.ones_like(count)
+    mean = ops.sum(window) / maximum(one, count)
+    variance = ops.sum(known * ops.square(window - mean)) / maximum(one, count - 1)
+    limit = maximum(mean + deviations * root(variance), _BEYOND * ops.max(window))
+    is_low = ops.logical_or(count < _FEWEST, norm <= limit)
     return ops.logical_and(ops.isfinite(norm), is_low)
 
 
