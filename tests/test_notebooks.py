@@ -13,8 +13,8 @@ STORED = sorted(FOLDER.glob("*.ipynb"))
 # Each takes half a minute, so that none runs under all; together they meet each backend.
 RUN = {
     "jax": ["1_quick_start", "4_amsgrad", "7_training_goes_wrong"],
-    "tensorflow": ["2_from_pytorch", "5_half_precision", "8_eight_bits"],
-    "torch": ["3_parameter_groups", "6_speed"],
+    "tensorflow": ["2_from_pytorch", "5_half_precision"],
+    "torch": ["3_parameter_groups", "6_speed", "8_eight_bits"],
 }
 
 sys.path.insert(0, str(FOLDER))
