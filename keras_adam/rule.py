@@ -371,7 +371,8 @@ def dither(t: Tensor) -> Tensor:
     They are multiples of the golden ratio modulo 1, from two neighbouring Fibonacci numbers, and half of the least
     distance. With 0 itself, what needs no rounding, as the largest of a block in 8 bits, would go down by chance.
     """
-    place = ops.cast(t % DITHERS, "int32") * 6765 % DITHERS
+    t = t % DITHERS
+    place = (t if isinstance(t, int) else ops.cast(t, "int32")) * 6765 % DITHERS
     return (ops.cast(place, "float32") + 0.5) / DITHERS
 
 

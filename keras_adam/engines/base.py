@@ -168,7 +168,7 @@ class Engine:
 
         It follows the updates, not the calls of `apply`: every 144th dither, say, is near its predecessor.
         """
-        return rule.dither(self.optimizer.iterations)
+        return rule.dither(self.updates())
 
     # Gradients
 
