@@ -7,17 +7,23 @@ MASTER_PORT. PyTorch's `torchrun` uses the same names and works as well. On a cl
 """
 
 import argparse
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_ports(count):
+    """Return the first of so many free ports in a row: TensorFlow takes one for each process."""
+    while True:
+        first = random.randrange(20_000, 32_000)  # below those that Linux gives to any connection
+        with contextlib.suppress(OSError), contextlib.ExitStack() as sockets:
+            for port in range(first, first + count):
+                sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def main():
@@ -26,7 +32,7 @@ def main():
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     given = parser.parse_args()
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(given.processes))}
     shared["WORLD_SIZE"] = str(given.processes)
     workers = [
         subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -22,14 +23,13 @@ def environment(devices=1, backend=None):
 
 
 def free_address():
-    """Return an address with a free port, and another free one above it."""
+    """Return an address with a free port, and another free one above it; none that another connection may be given."""
     while True:
-        with socket.socket() as first, contextlib.suppress(OSError):
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            with socket.socket() as second:
-                second.bind(("127.0.0.1", port + 1))
-                return f"127.0.0.1:{port}"
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as sockets:
+            for place in (port, port + 1):
+                sockets.enter_context(socket.socket()).bind(("127.0.0.1", place))
+            return f"127.0.0.1:{port}"
 
 
 def start(module, arguments, devices=1, backend=None):
