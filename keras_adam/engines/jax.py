@@ -63,6 +63,9 @@ class JaxEngine(Engine):
         if not (is_eager and self._may_compile()):
             step(grads, variables, config)
             return
+        if len(variables) > _MOST_AT_ONCE and config.only_updates:  # pieces are as fast
+            step(grads, variables, config)
+            return
         kept, ours = self._changing(variables)
         given = [v.value for v in ours]
         # State that only its variable and this list hold is updated in its own memory; but when JAX looks for NaNs,
@@ -72,7 +75,7 @@ class JaxEngine(Engine):
         pattern = tuple(g is None for g in grads)
         key = tuple(map(id, variables)), pattern, config.kind(), self._constants(), may_donate
         if key not in self.compiled:
-            if not self._pays_to_compile(key, variables, config):
+            if not self._pays_to_compile(key, len(variables)):
                 step(grads, variables, config)
                 return
             if len(self.compiled) >= _MOST_COMPILED:
@@ -97,22 +100,18 @@ class JaxEngine(Engine):
                 _assign_each(assign, [*ours, *kept], values)
             raise
 
-    def _pays_to_compile(self, key: tuple, variables: list[Variable], config: StepConfig) -> bool:
+    def _pays_to_compile(self, key: tuple, count: int) -> bool:
         """Whether to compile an eager step of a new kind: other variables, other options, other gradients of None.
 
         Otherwise the step runs in pieces. Compiling costs as much time as some 200 steps then save. So the first kind
-        is compiled at once, and another one when it has come often. With many variables and nothing but their update
-        to compute, pieces are as fast.
+        is compiled at once, and another one when it has come often; of many variables, as `count` tells, only that.
         """
-        are_many = len(variables) > _MOST_AT_ONCE
-        if are_many and config.only_updates:
-            return False
         seen, kind = self._times_seen, hash(key)
         is_first = not (seen or self.compiled)
         if len(seen) >= _MOST_COUNTED and kind not in seen:
             seen.clear()
         seen[kind] = seen.get(kind, 0) + 1
-        pays = seen[kind] > _OFTEN or (is_first and not are_many)
+        pays = seen[kind] > _OFTEN or (is_first and count <= _MOST_AT_ONCE)
         if pays:
             del seen[kind]
         return pays
