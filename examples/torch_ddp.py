@@ -63,4 +63,5 @@ for epoch in range(len(saved), given.epochs):
         keras_adam.save_model(model, given.backup / f"epoch-{epoch:04}.keras")
 held = sum(v.value.nbytes for v in optimizer.variables)
 print(f"state in process {rank}: {held} of {sum(optimizer.state_size().values())} bytes")
+torch.distributed.barrier()  # the first process serves the others until they are done
 torch.distributed.destroy_process_group()

@@ -230,6 +230,12 @@ def main(engine, out, rank=None, processes=1, address=None):
         for i, replica in enumerate(replicas):
             found |= {f"{case}/{i}/{j}": array for j, array in enumerate(replica)}
     np.savez(out, **found)
+    if engine.startswith("ddp"):
+        import torch.distributed
+
+        # The first process serves the others until they are done.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
