@@ -2,11 +2,8 @@
 
 import copy
 import io
-import os
 import pathlib
 import pickle
-import subprocess
-import sys
 
 import h5py
 import keras
@@ -18,9 +15,10 @@ from keras import ops
 import keras_adam
 from support import wide
 from support.eight_bits import assert_same_codes, decoded, encoded
-from support.resume import load_state, save_state
+from support.processes import run_under
+from support.resume import load_state, replace, save_state, state_of
 from support.steps import BACKEND, slots
-from support.wide import EIGHT_BITS, EVERYTHING, all_of, assert_same_bits, state_of
+from support.wide import EIGHT_BITS, EVERYTHING, all_of, assert_same_bits
 
 OLD = pathlib.Path(__file__).parent / "files"
 ARRAYS = "optimizer/vars"
@@ -91,15 +89,7 @@ def test_fit_save_load_fit_is_fit_fit(options, tmp_path):
 def test_goes_on_under_another_backend(other, tmp_path):
     for name, options in ALL.items():
         wide.save(tmp_path, name, wide.trained(**options))
-    environment = {**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.wide", tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[1::2] == sorted(ALL)
+    assert run_under(other, "wide", tmp_path).split()[1::2] == sorted(ALL)
 
 
 @pytest.mark.parametrize("path", sorted(OLD.glob("eight_bits-*.keras")), ids=lambda p: p.stem)
@@ -229,31 +219,24 @@ def scale_of(arrays, role="momentum_scale"):
     return next(key for key in arrays if arrays[key].attrs["role"] == role)
 
 
-def put(arrays, key, value, **attributes):
-    told = dict(arrays[key].attrs) | attributes
-    del arrays[key], told["crc32"]
-    arrays[key] = value
-    arrays[key].attrs.update(told)
-
-
 def cut(arrays):
     key = scale_of(arrays)
-    put(arrays, key, arrays[key][:-1])
+    replace(arrays, key, arrays[key][:-1])
 
 
 def too_long(arrays):
     key = scale_of(arrays)
-    put(arrays, key, np.append(arrays[key][()], np.float32(1)))
+    replace(arrays, key, np.append(arrays[key][()], np.float32(1)))
 
 
 def foreign(arrays):
     key = scale_of(arrays)
-    put(arrays, key, np.ones((3, 7), "float32"))
+    replace(arrays, key, np.ones((3, 7), "float32"))
 
 
 def whole_numbers(arrays):
     key = scale_of(arrays)
-    put(arrays, key, arrays[key][()].astype("int32"))
+    replace(arrays, key, arrays[key][()].astype("int32"))
 
 
 def missing(arrays):
@@ -295,22 +278,22 @@ def damaged_codes(arrays):
 
 def wide_codes(arrays):
     key = str(int(scale_of(arrays)) - 1)
-    put(arrays, key, arrays[key][()].astype("int32"))
+    replace(arrays, key, arrays[key][()].astype("int32"))
 
 
 def float_codes(arrays):
     key = str(int(scale_of(arrays)) - 1)
-    put(arrays, key, arrays[key][()].astype("float32"))
+    replace(arrays, key, arrays[key][()].astype("float32"))
 
 
 def signed_codes(arrays):
     key = str(int(scale_of(arrays)) - 1)
-    put(arrays, key, arrays[key][()].view("int8"))
+    replace(arrays, key, arrays[key][()].view("int8"))
 
 
 def other_shape(arrays):
     key = str(int(scale_of(arrays)) - 1)
-    put(arrays, key, arrays[key][()].reshape(32, 128))
+    replace(arrays, key, arrays[key][()].reshape(32, 128))
 
 
 def without_roles(arrays):
@@ -375,8 +358,8 @@ def test_codes_for_what_is_no_moment(source, tmp_path):
     with h5py.File(path, "r+") as file:
         arrays = file[ARRAYS]
         key = scale_of(arrays)
-        put(arrays, str(int(key) - 1), arrays[str(int(key) - 1)][()], role="average")
-        put(arrays, key, arrays[key][()], role="average_scale")
+        replace(arrays, str(int(key) - 1), arrays[str(int(key) - 1)][()], role="average")
+        replace(arrays, key, arrays[key][()], role="average_scale")
     target, _ = build({"amsgrad": True})
     before = state_of(target)
     with pytest.raises(ValueError, match="No state was loaded"):

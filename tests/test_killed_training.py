@@ -11,14 +11,13 @@ The callback itself has gaps, which the optimizer cannot close:
 
 import json
 import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 
 from support.killed_run import BATCHES, CONFIGURATIONS, EPOCHS
+from support.processes import run_under
 
 BACKEND = keras.backend.backend()
 IS_FUZZ = bool(os.environ.get("FUZZ_EXAMPLES"))
@@ -29,14 +28,7 @@ NAMES = list(CONFIGURATIONS) if IS_FUZZ else ["everything", "bfloat16"]
 
 def train(folder, runs):
     """Train runs, each given as configuration, name and deaths, in one process that forks each life."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.killed_run", folder, json.dumps(runs)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_under(BACKEND, "killed_run", folder, json.dumps(runs))
 
 
 def load(folder, name):

@@ -1,9 +1,6 @@
 """Models that are saved, loaded and trained on, within a backend and between backends."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 
 import keras_adam
 from support.models import Expected, assert_close, fit, make_model, weights
+from support.processes import run_under
 from support.resume import FROM_KERAS, OPTIMIZERS, SCHEDULE, resume, state_of
 
 BACKEND = keras.backend.backend()
@@ -37,15 +35,8 @@ def test_goes_on(saved, name):
 @pytest.mark.short("jax", "torch")
 @pytest.mark.parametrize("other", sorted({"jax", "tensorflow", "torch"} - {BACKEND}))
 def test_goes_on_under_another_backend(saved, other):
-    environment = {**os.environ, "KERAS_BACKEND": other, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.resume", saved],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[1::2] == sorted(OPTIMIZERS | FROM_KERAS)
+    output = run_under(other, "resume", saved)
+    assert output.split()[1::2] == sorted(OPTIMIZERS | FROM_KERAS)
 
 
 def test_goes_on_in_keras(saved):

@@ -14,7 +14,7 @@ import torch
 
 import keras_adam
 from support.models import EVERYTHING, Expected, assert_close, fit, make_model, weights
-from support.resume import load_state, save_state, state_of
+from support.resume import load_state, replace, save_state, state_of
 from support.steps import BACKEND, KERAS, slots
 
 OLD = pathlib.Path(__file__).parent / "files"
@@ -59,14 +59,6 @@ def edited(trained, tmp_path):
         return path
 
     return write
-
-
-def replace(arrays, key, value, **attributes):
-    """Replace an array on purpose, that is without its checksum."""
-    told = dict(arrays[key].attrs) | attributes
-    del arrays[key], told["crc32"]
-    arrays[key] = value
-    arrays[key].attrs.update(told)
 
 
 def nameless(arrays):

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 import keras_adam
+from support.models import TOGETHER
 from support.steps import value_of
 
 EPOCHS, BATCHES, BATCH = 5, 5, 4
@@ -26,13 +27,7 @@ CONFIGURATIONS = {
         "float32",
         lambda: {
             "learning_rate": keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9),
-            "amsgrad": True,
-            "weight_decay": 0.1,
-            "global_clipnorm": 0.5,
-            "use_ema": True,
-            "ema_momentum": 0.75,
-            "ema_overwrite_frequency": 3,
-            "gradient_accumulation_steps": 2,
+            **TOGETHER,
             "param_groups": [{"params": ".*bias", "weight_decay": 0.0, "beta_1": 0.5}],
         },
     ),

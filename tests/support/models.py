@@ -22,17 +22,16 @@ BATCHES = [(X[i : i + BATCH], Y[i : i + BATCH]) for i in range(0, len(X), BATCH)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 # As many options as go together.
-EVERYTHING = {
-    "learning_rate": 0.02,
+TOGETHER = {
     "amsgrad": True,
     "weight_decay": 0.1,
     "global_clipnorm": 0.5,
     "use_ema": True,
     "ema_momentum": 0.75,
     "ema_overwrite_frequency": 3,
-    "loss_scale_factor": 64.0,
     "gradient_accumulation_steps": 2,
 }
+EVERYTHING = {"learning_rate": 0.02, **TOGETHER, "loss_scale_factor": 64.0}
 
 
 def make_model(optimizer=None, name="model", **compile_options):

@@ -32,6 +32,19 @@ def free_address():
             return f"127.0.0.1:{port}"
 
 
+def run_under(backend, module, *arguments):
+    """Run a module of `support` under a backend, and return what it prints."""
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-m", f"support.{module}", *arguments],
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def start(module, arguments, devices=1, backend=None):
     command = [sys.executable, "-m", f"support.{module}", *map(str, arguments)]
     return subprocess.Popen(

@@ -57,6 +57,14 @@ def load_state(file, optimizer):
         store.close()
 
 
+def replace(arrays, key, value, **attributes):
+    """Replace an array of an HDF5 file on purpose, that is without its checksum."""
+    told = dict(arrays[key].attrs) | attributes
+    del arrays[key], told["crc32"]
+    arrays[key] = value
+    arrays[key].attrs.update(told)
+
+
 def load(path):
     if path.stem not in FROM_KERAS:
         model = keras.saving.load_model(path)

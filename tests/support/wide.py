@@ -7,6 +7,8 @@ import keras
 import numpy as np
 
 import keras_adam
+from support.models import TOGETHER
+from support.resume import state_of
 
 _rng = np.random.default_rng(88)
 X = _rng.standard_normal((32, 64)).astype("float32")
@@ -14,16 +16,10 @@ Y = np.tanh(X @ _rng.standard_normal((64, 2)) / 8).astype("float32")
 STARTS = [_rng.standard_normal(shape) / 8 for shape in [(64, 80), (80,), (80, 2), (2,)]]
 BATCH = 8
 EIGHT_BITS = {"learning_rate": 0.01, "state_dtype": "8bit"}
-# As many options as go together; the bias keeps 32 bits.
+# The second layer keeps 32 bits.
 EVERYTHING = {
     **EIGHT_BITS,
-    "amsgrad": True,
-    "weight_decay": 0.1,
-    "global_clipnorm": 0.5,
-    "use_ema": True,
-    "ema_momentum": 0.75,
-    "ema_overwrite_frequency": 3,
-    "gradient_accumulation_steps": 2,
+    **TOGETHER,
     "param_groups": [{"params": ".*second.*", "state_dtype": "float32", "beta_1": 0.5}],
 }
 
@@ -48,10 +44,6 @@ def fit(model, epochs=1):
 
 def trained(epochs=1, **options):
     return fit(make_model(keras_adam.Adam(**EIGHT_BITS | options)), epochs)
-
-
-def state_of(optimizer):
-    return [np.array(keras.ops.convert_to_numpy(v)) for v in optimizer.variables]
 
 
 def all_of(model):
