@@ -41,9 +41,6 @@ class Storage(ABC):
     """One way to keep a number per element; hashable, so that it can be a constant of a compiled call."""
 
     dithers = False  # whether `write` needs a dither
-    block = (
-        1  # how many elements are kept together, so that no part of a variable may end between them
-    )
 
     @abstractmethod
     def specs(self, role: str, shape: tuple[int, ...]) -> list[Spec]:

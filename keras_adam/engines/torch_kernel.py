@@ -86,9 +86,8 @@ class Tensors:
         self.dtype, self.device = first.dtype, first.device
         is_half = self.dtype.itemsize < 4
         self.in_pieces = is_half or any(x.is_narrow for x in self.moments)
-        with torch.inference_mode(
-            False
-        ):  # a tensor of inference mode could be written to there alone
+        # A tensor of inference mode could be written to there alone.
+        with torch.inference_mode(False):
             self.step = torch.zeros((), dtype=torch.float32, device=self.device)
         self.steps = [self.step] * len(self.parameters)
         filled = [x.data_ptr() for x in self.parameters if x.numel()]
@@ -232,29 +231,32 @@ class _InBlocks(_AsTheyAre):
         self.scale_parts = [
             self.scales[i].view(-1)[x] for (i, _), x in zip(cuts, blocks, strict=True)
         ]
-        sizes = [x.numel() for x in self.parts]
         codes = _padded(self.parts)
         scale = self.scale_parts[0] if len(cuts) == 1 else torch.cat(self.scale_parts)
         decode = _signed_values if self.storage.signed else _positive_values
         self.wide = decode(codes, scale)
-        # Each part, and then the padding of its last block.
-        pieces = self.wide.split([y for n in sizes for y in (n, -n % rule.BLOCK)])
-        for rest in pieces[1::2]:
+        pieces, padding = self._split(self.wide)
+        for rest in padding:
             rest.zero_()
-        return list(pieces[::2])
+        return pieces
 
     def write(self, dither) -> None:
-        encode = _signed_codes if self.storage.signed else _positive_codes
-        if self.storage.dithers:
-            codes, scale = encode(self.wide, dither)
-        else:
+        if self.storage.signed:
+            codes, scale = _signed_codes(self.wide, dither)
+        elif self.storage.dithers:
+            codes, scale = _positive_codes(self.wide, dither)
+        else:  # to nearest
             half = torch.tensor(0.5, device=self.wide.device)
             codes, scale = _positive_codes(self.wide, half, rule.power_of_two)
-        sizes = [x.numel() for x in self.parts]
-        pieces = codes.split([y for n in sizes for y in (n, -n % rule.BLOCK)])
-        torch._foreach_copy_(self.parts, pieces[::2])
+        torch._foreach_copy_(self.parts, self._split(codes)[0])
         torch._foreach_copy_(self.scale_parts, scale.split([x.numel() for x in self.scale_parts]))
         del self.parts, self.scale_parts, self.wide
+
+    def _split(self, whole) -> tuple[list[Any], list[Any]]:
+        """Return the parts of a tensor in whole blocks, and the padding at the end of each."""
+        sizes = [x.numel() for x in self.parts]
+        pieces = whole.split([y for n in sizes for y in (n, -n % rule.BLOCK)])
+        return list(pieces[::2]), list(pieces[1::2])
 
 
 def _moments(slots) -> _AsTheyAre:
@@ -281,10 +283,11 @@ def _padded(parts):
 
 def _signed_values(codes, scale):
     """`rule.signed_values`."""
-    # The sign stays where it is, and comes down to the code with the shift: of these bits it and the code are kept.
+    # An int8 becomes an int32 with copies of its sign in front. After the shift, bit 31 is the sign, bits 26 to 20 are
+    # the code, and the copies between them are cleared.
     bits = codes.view(torch.int8).to(torch.int32).bitwise_left_shift_(rule.SIGNED_DROP)
     bits.bitwise_and_(_SIGN_AND_CODE).add_(rule.SIGNED_FIRST)
-    # What a number is greater than F(0) in size, with its sign: `softshrink`, and 0 for F(0) itself.
+    # `softshrink` moves a number by F(0) towards 0, and F(0) itself to 0: the sign needs no operation of its own.
     x = torch.nn.functional.softshrink(bits.view(torch.float32), rule.SIGNED_ZERO)
     x.view(-1, rule.BLOCK).mul_((scale / rule.SIGNED_LAST)[:, None])
     return x
