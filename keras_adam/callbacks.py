@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_adam import hyperparameters
+from keras_adam import hyperparameters, keras_private
 from keras_adam.monitor import Reading
 from keras_adam.optimizer import Adam
 
@@ -100,8 +100,7 @@ class OptimizerMonitor(keras.callbacks.Callback):
         return figure
 
     def _read(self) -> Reading:
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+        optimizer = keras_private.unwrapped(self.model.optimizer)
         if not (isinstance(optimizer, Adam) and optimizer.monitor):
             raise ValueError(
                 "`OptimizerMonitor` needs a model compiled with `keras_adam.Adam(monitor=True)`. "

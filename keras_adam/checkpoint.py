@@ -63,7 +63,7 @@ class Entry(NamedTuple):
                 self.variable.assign(s.value)
                 self.scale.assign(s.scale)
                 return
-            values = self.blocks_of(s).numbers([s.value, s.scale])
+            values = self.blocks_of(s.scale).numbers([s.value, s.scale])
         if self.storage is not None:
             codes, scale = self.storage.arrays_of(values)
             self.variable.assign(codes)
@@ -73,11 +73,9 @@ class Entry(NamedTuple):
         is_float = keras.backend.is_float_dtype(dtype)
         self.variable.assign(values if is_float else values.astype(dtype))
 
-    def blocks_of(self, s: "Saved") -> InBlocks:
-        """Return how the file keeps the codes in `s`."""
-        return InBlocks(
-            signed=self.role == SIGNED_MOMENT, by_row=s.scale is not None and s.scale.ndim == 2
-        )
+    def blocks_of(self, scale: np.ndarray) -> InBlocks:
+        """Return how a file keeps this, if it holds codes with such scales."""
+        return InBlocks(signed=self.role == SIGNED_MOMENT, by_row=scale.ndim == 2)
 
 
 class Saved(NamedTuple):
@@ -261,7 +259,7 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
             )
         dtype = keras.backend.standardize_dtype(entry.variable.dtype)
         if s.scale is not None:
-            _check_scale(entry, s, owner)
+            _check_scale(entry, s, s.scale, owner)
         elif dtype == "uint8" and entry.storage is None:  # codes alone, as `set_weights` takes them
             if s.value.dtype != np.uint8:
                 raise ValueError(
@@ -277,10 +275,9 @@ def check(pairs: list[tuple[Entry, Saved]], owner: str) -> None:
             )
 
 
-def _check_scale(entry: Entry, s: Saved, owner: str) -> None:
+def _check_scale(entry: Entry, s: Saved, scale: np.ndarray, owner: str) -> None:
     """Raise a ValueError if the codes are not a moment's, or the scales do not fit them."""
-    scale = s.scale if s.scale is not None else np.zeros(())
-    needed = entry.blocks_of(s).specs(entry.role, s.value.shape)[1].shape
+    needed = entry.blocks_of(scale).specs(entry.role, s.value.shape)[1].shape
     if entry.role not in MOMENTS or not s.value.shape or scale.shape != needed:
         raise ValueError(
             f"Optimizer '{owner}': the scales of {entry.label}, which is saved in 8 bits, must be of shape {needed} "

@@ -82,6 +82,11 @@ def autocast_scope() -> Any:
     return global_state.get_global_attribute("autocast_scope")
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer in a `LossScaleOptimizer`; any other one itself."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
 @contextlib.contextmanager
 def without_autocast():
     """Let variables return their own value and dtype, within a layer of mixed precision too.

@@ -228,14 +228,14 @@ class Loading:
             group.renew_numbers()
 
     def _entries(self) -> list[Entry]:
-        """Describe each state variable, in the order of `optimizer.variables`."""
-        described = {
-            id(e.variable): e._replace(storage=None, scale=None) for e in self._described()
-        }
-        return [
-            described.get(id(variable), Entry("other", "", variable))
-            for variable in self._optimizer.variables
-        ]
+        """Describe each state variable, codes and scales apart, in the order of `optimizer.variables`."""
+        apart = [e._replace(storage=None, scale=None) for e in self._described()]
+        return self._with_others(apart)
+
+    def _with_others(self, described: list[Entry]) -> list[Entry]:
+        """Return entries in the order of `optimizer.variables`, with an entry for what is not described."""
+        known = {id(e.variable): e for e in described}
+        return [known.get(id(v), Entry("other", "", v)) for v in self._optimizer.variables]
 
     def _entries_in_order(self) -> list[Entry]:
         """Describe each state variable, in the order in which an optimizer built anew would make them.
@@ -245,13 +245,8 @@ class Loading:
         """
         described = self._described()
         place = {id(e.variable): i for i, e in enumerate(described) if e.role not in self._added()}
-        whole = {id(e.variable): e for e in described}
-        scales = {
-            id(e.scale) for e in described if e.scale is not None
-        }  # these go with their codes
-        entries = [
-            whole.get(id(e.variable), e) for e in self._entries() if id(e.variable) not in scales
-        ]
+        scales = {id(e.scale) for e in described if e.scale is not None}  # with their codes
+        entries = [e for e in self._with_others(described) if id(e.variable) not in scales]
         return sorted(entries, key=lambda e: place.get(id(e.variable), len(described)))
 
     def _added(self) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_adam import keras_private
 from keras_adam.state import State
 
 
@@ -43,8 +44,7 @@ def save_model(model: keras.Model, filepath: str | os.PathLike) -> None:
         ...     keras_adam.save_model(model, f"{folder}/model.keras")
         ...     loaded = keras.saving.load_model(f"{folder}/model.keras")
     """
-    optimizer = getattr(model, "optimizer", None)
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    optimizer = keras_private.unwrapped(getattr(model, "optimizer", None))
     if not isinstance(optimizer, State):
         raise TypeError(
             "`model` must be compiled with an optimizer of keras_adam. "

@@ -237,23 +237,24 @@ class State(optimizer_base()):  # type: ignore[misc]
             return
         finds_spikes = self.skip_spikes is not None
         if (self.skip_nonfinite or finds_spikes) and self._skipped_steps is None:
-            self._skipped_steps = self._add_scalar("skipped_steps", "int")
+            self._skipped_steps = self._add_alike("skipped_steps", "int")
         if finds_spikes and self._recent_norms is None:
-            self._recent_norms = self._add_scalar("recent_norms", "float32", (rule.WINDOW,))
+            self._recent_norms = self._add_alike("recent_norms", "float32", (rule.WINDOW,))
 
     def _prepare_monitor(self) -> None:
         """Add what is measured, of new groups too."""
         if not self.monitor:
             return
-        monitor = self._monitor or Monitor(self.monitor, self._add_scalar)
+        monitor = self._monitor or Monitor(self.monitor, self._add_alike)
         self.__dict__["_monitor"] = monitor
         monitor.include(self._groups)
         for role, variable in monitor.described(self._groups):
             self._engine.track(variable, role)
 
-    def _add_scalar(self, name: str, dtype: str, shape: tuple[int, ...] = ()):
+    def _add_alike(self, name: str, dtype: str, shape: tuple[int, ...] = (), first: Any = "zeros"):
+        """Add a state variable that is no variable's, and the same in all replicas; `first` initializes it."""
         return self.add_variable(
-            shape, "zeros", dtype=dtype, aggregation="only_first_replica", name=name
+            shape, first, dtype=dtype, aggregation="only_first_replica", name=name
         )
 
     @property
@@ -367,13 +368,8 @@ class State(optimizer_base()):  # type: ignore[misc]
 
     def _add_start(self, number: int, update: int):
         """Add the state variable that holds the update at which some variables joined."""
-        return self.add_variable(
-            (),
-            keras.initializers.Constant(update),
-            dtype="int",
-            aggregation="only_first_replica",
-            name=f"start_{number}",
-        )
+        first = keras.initializers.Constant(update)
+        return self._add_alike(f"start_{number}", "int", first=first)
 
     def _store_numbers(self) -> None:
         """Keep the groups' numbers in state variables; without groups there are none, as in Keras."""
@@ -382,13 +378,9 @@ class State(optimizer_base()):  # type: ignore[misc]
         wide = any(compute_dtype(v.dtype) == "float64" for v in self._parameters.variables)
         for i, group in enumerate(self._groups):
             if group.stored is None:
-                group.stored = self.add_variable(
-                    (len(groups.NUMERIC),),
-                    group.initial_numbers,
-                    dtype="float64" if wide else "float32",
-                    aggregation="only_first_replica",
-                    name=f"hyperparameters_{i}",
-                )
+                name, dtype = f"hyperparameters_{i}", "float64" if wide else "float32"
+                shape = (len(groups.NUMERIC),)
+                group.stored = self._add_alike(name, dtype, shape, group.initial_numbers)
         for i, group in enumerate(self._selecting_groups()):
             self._engine.track(group.stored, f"hyperparameters_{i}")
         self._engine.track(self._default_group.stored, "hyperparameters")

@@ -37,11 +37,9 @@ _MOST_COUNTED = 256  # kinds of eager step whose number of steps is counted
 _OFTEN = 200  # steps of one kind after which compiling it pays
 _MOST_AT_ONCE = 256  # variables up to which the first kind of step is compiled at once
 _SOMETHING = object()
-_HELD_TWICE = next(map(sys.getrefcount, [_SOMETHING]))
+_HELD_TWICE = next(map(sys.getrefcount, [_SOMETHING]))  # its count, with that of the call
 _NO_ARRAYS = (keras.Variable, list, tuple, int, float)
-_PIECE = (
-    16  # alike variables that one compiled call updates, if the step is not compiled as a whole
-)
+_PIECE = 16  # alike variables that one compiled call updates, if the step is not compiled whole
 
 
 class JaxEngine(Engine):
@@ -60,10 +58,8 @@ class JaxEngine(Engine):
     ) -> None:
         grads, iterations = [_as_array(g) for g in grads], self.optimizer._iterations
         is_eager = not self._is_traced(grads) and iterations.value is iterations._value
-        if not (is_eager and self._may_compile()):
-            step(grads, variables, config)
-            return
-        if len(variables) > _MOST_AT_ONCE and config.only_updates:  # pieces are as fast
+        in_pieces = len(variables) > _MOST_AT_ONCE and config.only_updates  # which are as fast
+        if in_pieces or not (is_eager and self._may_compile()):
             step(grads, variables, config)
             return
         kept, ours = self._changing(variables)
@@ -88,12 +84,12 @@ class JaxEngine(Engine):
             self.compiled[key] = jax.jit(stateless, donate_argnums=donated), references
         assign = self.optimizer.assign if in_stateless_scope() else _assign
         arguments = given, [v.value for v in kept], grads, config.numbers()
-        # Ctrl-C is raised when the call is over. By then the old state may be donated, so the new one must not be lost:
-        # `extend` stores it before Python looks for signals.
+        # Python raises Ctrl-C after the call. By then the old state may be donated, so the new one must not be lost.
+        # Hence not `results.append(call(*arguments))`: `extend` stores the result before Python looks for signals.
         results: list[list[Tensor]] = []
         try:
             with self.trace.apart():
-                results.extend(map(self.compiled[key][0], *zip(arguments, strict=True)))
+                results.extend(map(self.compiled[key][0], *([x] for x in arguments)))
             _assign_each(assign, [*ours, *kept], results[0])
         except KeyboardInterrupt:
             for values in results:
