@@ -60,13 +60,13 @@ def cases(backend: str, quick: bool) -> list[Case]:
     """Return the cases of a backend; a quick run has the same ones, so small that they only show that all works."""
     modes = {"torch": ["eager"], "tensorflow": ["graph", "XLA"], "jax": ["jit", "eager"]}[backend]
     found = [
-        _step(backend, mode, *size, quick)
+        step(backend, mode, *size, quick)
         for mode in modes
         for size in (XLA_SIZES if mode == "XLA" else SIZES)
     ]
     found.append(
         dataclasses.replace(
-            _step(backend, modes[0], 20, 500_000, quick),
+            step(backend, modes[0], 20, 500_000, quick),
             work="accumulation",
             name=f"20 x 500,000, accumulation {ACCUMULATION}, per micro-step",
             accumulation=ACCUMULATION,
@@ -84,7 +84,8 @@ def cases(backend: str, quick: bool) -> list[Case]:
     return found
 
 
-def _step(backend, mode, count, elements, quick) -> Case:
+def step(backend, mode, count, elements, quick) -> Case:
+    """Return the case of one step of so many variables."""
     name = f"{count} x {elements:,}"
     if quick:
         count, elements = -(-count // 100), max(10, elements // 100)

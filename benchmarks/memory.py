@@ -17,7 +17,7 @@ import cases
 import measure
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def measure_peaks(backend: str, quick: bool, advance) -> dict[str, dict]:
@@ -37,7 +37,7 @@ def measure_peaks(backend: str, quick: bool, advance) -> dict[str, dict]:
         flags = ["--quick"] if quick else []
         command = [sys.executable, __file__, case.mode, name, *flags]
         done = subprocess.run(
-            command, env=os.environ | _ALLOCATOR, capture_output=True, text=True, check=False
+            command, env=os.environ | ALLOCATOR, capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -68,14 +68,22 @@ def _peak(mode: str, name: str, quick: bool) -> dict[str, int]:
     for _ in range(3):
         step.run()
     gc.collect()
-    before = _bytes("VmRSS")
+    return {"beyond": beyond(step), "parameters": 4 * case.parameters}
+
+
+def beyond(step: measure.Step) -> int:
+    """Return the bytes of resident memory that a step takes at its peak, beyond what there was before."""
+    before = resident()
     _RESET.write_text("5")
     step.run()
-    return {"beyond": max(0, _bytes("VmHWM") - before), "parameters": 4 * case.parameters}
+    return max(0, resident("VmHWM") - before)
 
 
-def _bytes(field: str) -> int:
-    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", _STATUS.read_text())[1])
+def resident(field: str = "VmRSS") -> int:
+    """Return the bytes of this process's resident memory; 0 where Linux does not tell."""
+    status = _STATUS.read_text() if _STATUS.exists() else ""
+    found = re.search(rf"{field}:\s*(\d+) kB", status)
+    return 1024 * int(found[1]) if found else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import cases
 import keras
 import measure
+import results
 
 import keras_adam
 from keras_adam.monitor import EVERY
@@ -36,7 +37,7 @@ def main() -> None:
     print(f"| {backend}, {mode} | " + " | ".join(OPTIONS) + " |")
     print("| --- |" + " ---: |" * len(OPTIONS))
     for size in SIZES:
-        case = cases._step(backend, mode, *size, quick=False)
+        case = cases.step(backend, mode, *size, quick=False)
         grads = module.gradients(case)
         contestants = {
             name: lambda options=options, case=case, grads=grads: _many(
@@ -69,8 +70,8 @@ def _cells(seconds) -> list[str]:
     cells = [f"{statistics.median(off) * 1e3:.2f} ms"]
     for name in list(OPTIONS)[1:]:
         ratios = [a / b for a, b in zip(seconds[name], off, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        cells.append(f"{middle:.3f} ±{(high - low) / 2:.3f}")
+        ratio = results.spread(ratios)
+        cells.append(f"{ratio.median:.3f} ±{ratio.half:.3f}")
     return cells
 
 

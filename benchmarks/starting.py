@@ -9,7 +9,6 @@ Each measurement is made in a process of its own, as a second one would find com
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import memory
 import tables
 from rich.console import Console
 
@@ -96,21 +96,15 @@ def _torch(count: int):
 def measure(mode: str, name: str, count: int) -> dict[str, float]:
     """Return the seconds of `build` and of the first step, and the bytes by which both let memory grow."""
     build, step = prepare(mode, name, count)
-    before, begin = _resident(), time.perf_counter()
+    before, begin = memory.resident(), time.perf_counter()
     build()
     built = time.perf_counter()
     step()
     return {
         "build": built - begin,
         "first": time.perf_counter() - built,
-        "bytes": _resident() - before,
+        "bytes": memory.resident() - before,
     }
-
-
-def _resident() -> int:
-    status = Path("/proc/self/status")
-    found = re.search(r"VmRSS:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return 1024 * int(found[1]) if found else 0
 
 
 def _in_its_own_process(backend: str, mode: str, name: str, count: int) -> dict[str, float]:

@@ -105,19 +105,14 @@ def memory_of(name: str) -> dict[str, float]:
     """Return the bytes per parameter that stay, and those that a step takes in addition."""
     grads = gradients(LARGE, [CONTESTANTS[name][0]])
     gc.collect()
-    before = memory._bytes("VmRSS")
+    before = memory.resident()
     step = step_of(name, LARGE, grads)
     for _ in range(3):
         step.run()
     gc.collect()
-    stays = memory._bytes("VmRSS")
-    memory._RESET.write_text("5")
-    step.run()
-    beyond = max(0, memory._bytes("VmHWM") - stays)
-    return {
-        "stays": (stays - before) / LARGE.parameters,
-        "beyond": beyond / LARGE.parameters,
-    }
+    stays = memory.resident() - before
+    beyond = memory.beyond(step)
+    return {"stays": stays / LARGE.parameters, "beyond": beyond / LARGE.parameters}
 
 
 def seconds_of(case: cases.Case, threads: int, names: list[str]) -> dict[str, list[float]]:
@@ -147,7 +142,7 @@ def run(only: str, threads_of_torch: list[int]) -> None:
             continue
         command = [sys.executable, __file__, "--memory-of", name]
         done = subprocess.run(
-            command, env=os.environ | memory._ALLOCATOR, capture_output=True, text=True, check=True
+            command, env=os.environ | memory.ALLOCATOR, capture_output=True, text=True, check=True
         )
         found["memory"][name] = json.loads(done.stdout.splitlines()[-1])
         console.print(name, found["memory"][name])

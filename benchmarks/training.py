@@ -48,30 +48,19 @@ def contestants(steps: int) -> dict:
     def rate():
         return keras.optimizers.schedules.CosineDecay(RATE, steps, alpha=LAST_RATE)
 
+    def ours(**options):
+        return lambda: keras_adam.Adam(rate(), **options)
+
+    in_16, in_8 = {"state_dtype": "bfloat16"}, {"state_dtype": "8bit"}
     found = {
-        FLOAT32: ("float32", lambda: keras_adam.Adam(rate())),
-        "keras_adam, float32, moments in bfloat16": (
-            "float32",
-            lambda: keras_adam.Adam(rate(), state_dtype="bfloat16"),
-        ),
-        "keras_adam, float32, moments in 8 bits": (
-            "float32",
-            lambda: keras_adam.Adam(rate(), state_dtype="8bit"),
-        ),
-        OURS_16: ("bfloat16", lambda: keras_adam.Adam(rate())),
-        "keras_adam, bfloat16, moments too": (
-            "bfloat16",
-            lambda: keras_adam.Adam(rate(), state_dtype="bfloat16"),
-        ),
-        "keras_adam, bfloat16, moments in 8 bits": (
-            "bfloat16",
-            lambda: keras_adam.Adam(rate(), state_dtype="8bit"),
-        ),
-        "keras_adam, bfloat16, kahan_sum=False": (
-            "bfloat16",
-            lambda: keras_adam.Adam(rate(), kahan_sum=False),
-        ),
-        "keras_adam, float16": ("float16", lambda: keras_adam.Adam(rate(), **SCALE)),
+        FLOAT32: ("float32", ours()),
+        "keras_adam, float32, moments in bfloat16": ("float32", ours(**in_16)),
+        "keras_adam, float32, moments in 8 bits": ("float32", ours(**in_8)),
+        OURS_16: ("bfloat16", ours()),
+        "keras_adam, bfloat16, moments too": ("bfloat16", ours(**in_16)),
+        "keras_adam, bfloat16, moments in 8 bits": ("bfloat16", ours(**in_8)),
+        "keras_adam, bfloat16, kahan_sum=False": ("bfloat16", ours(kahan_sum=False)),
+        "keras_adam, float16": ("float16", ours(**SCALE)),
         LINEAR: ("float32", lambda: LinearVelocity(rate())),
         "keras.optimizers.Adam, float32": ("float32", lambda: keras.optimizers.Adam(rate())),
         "keras.optimizers.Adam, bfloat16": ("bfloat16", lambda: keras.optimizers.Adam(rate())),
