@@ -310,9 +310,9 @@ class TorchEngine(Engine):
         for variable, average, started in self.averages_of(variables):
             averages, values = going_on if started else first
             averages.append(average._value)
-            has_lost = isinstance(self.parameters[variable].value.storage, Compensated)
-            value = self.parameters[variable].value.arrays[0]
-            values.append(self.read_parameter(variable) if has_lost else value._value)
+            parameter = self.parameters[variable]
+            has_lost = isinstance(parameter.value.storage, Compensated)
+            values.append(self.read_parameter(variable) if has_lost else parameter.here._value)
         if going_on[0]:
             torch._foreach_lerp_(*_alike(*going_on), rule.complement(self.config.ema_momentum))
         if first[0]:  # the first update sets the average

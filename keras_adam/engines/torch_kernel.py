@@ -69,7 +69,7 @@ class Tensors:
     """A bucket's tensors, in the lists that the kernel takes."""
 
     def __init__(self, bucket):
-        self.variables = [p.value.arrays[0] for p in bucket.parameters]
+        self.variables = [p.here for p in bucket.parameters]
         self.parameters = [v._value for v in self.variables]
         self.pointers = list(map(torch.Tensor.data_ptr, self.parameters))
         of_each = [

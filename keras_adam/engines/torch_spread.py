@@ -119,9 +119,6 @@ class SpreadEngine(TorchEngine):
                 dist.broadcast(whole[stretch].view(torch.uint8), rank)
         return super().whole(whole.reshape(variable.whole_shape))
 
-    def _part(self, variable: Variable) -> Any:
-        return self.parameters[variable].value.arrays[0]
-
     # A step
 
     @torch.compiler.disable
@@ -143,7 +140,7 @@ class SpreadEngine(TorchEngine):
         self._arrived()
 
     def reduce(self, grads: Gradients) -> Gradients:
-        return [_cut(g, self._part(v)) for g, v in zip(grads, self.in_step, strict=False)]
+        return [_cut(g, self.parameters[v].here) for g, v in zip(grads, self.in_step, strict=False)]
 
     def are_finite(self, values: list[Tensor]) -> bool:
         return bool(self._agreed(self.finite(values), dist.ReduceOp.MIN))
@@ -217,7 +214,7 @@ class SpreadEngine(TorchEngine):
         if key not in self._plans:
             if len(self._plans) == _MOST_PLANS:
                 self._plans.clear()
-            parts = [p for v in variables if isinstance(p := self._part(v), Part)]
+            parts = [p for v in variables if isinstance(p := self.parameters[v].here, Part)]
             stretches = [[(p, x) for x in p.stretches()] for p in parts]
             self._plans[key] = [
                 [(p, x) for p, x in of_rank if x.start < x.stop]
